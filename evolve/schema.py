@@ -147,7 +147,7 @@ class PolicyConfig:
     """Base model: `toy`, a directory, or a hub name. Every round's SFT starts from it."""
     revision: str | None = None
     format: str = "code"
-    """Step format: `code` (rStar-Math: code, output, boxed answer) or `printed` (the output is the answer)."""
+    """Step format: `code` (rStar-Math: code, output, boxed answer) or `printed` (output is the answer)."""
     bootstrap: BootstrapConfig = field(default_factory=BootstrapConfig)
     engine: EngineConfig = field(default_factory=EngineConfig)
     temperature: float = 1.0
