@@ -11,6 +11,8 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol, runtime_checkable
 
+from evolve.schema import Generator, ValueKind
+
 # --------------------------------------------------------------------------- problems
 
 
@@ -26,6 +28,25 @@ class Problem:
     """A level given by the data set (1 = easiest), used only to group reports."""
     synthetic: bool = False
     """Made by a model, so that its gold answer may be wrong; selection is stricter with these."""
+
+
+# --------------------------------------------------------------------------- rounds
+
+
+@dataclass(frozen=True, slots=True)
+class RoundPlan:
+    """How one round's trees are grown: its own settings, the rest inherited from `search`."""
+
+    round: int
+    """1 for the first."""
+    generator: Generator
+    value: ValueKind
+    rollouts: int
+    candidates: int
+    exploration: float
+    trees: int
+    retry_trees: int
+    escalation: tuple[int, ...]
 
 
 # --------------------------------------------------------------------------- execution
