@@ -1,0 +1,170 @@
+"""Expansion: sample candidates for a node, execute them, grade what is finished, score what survives."""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, replace
+
+from evolve.search.seeds import derive
+from evolve.search.tree import ROOT, Tree
+from evolve.search.uct import TreePolicy
+from evolve.types import (
+    Answer,
+    Candidate,
+    Invalid,
+    NodeKind,
+    Outcome,
+    Policy,
+    Problem,
+    Reward,
+    Sampling,
+    Status,
+    Step,
+    StepFormat,
+    Verdict,
+    Verifier,
+)
+
+
+class InfrastructureError(RuntimeError):
+    """The sandbox or the grader failed so often that a node cannot be expanded; nothing was labelled."""
+
+
+@dataclass(slots=True)
+class Sibling:
+    """One distinct candidate of an expansion, before it becomes a node."""
+
+    candidate: Candidate
+    parsed: Step | Answer | Invalid
+    copies: int
+    verdict: Verdict | None = None
+    outcome: Outcome | None = None
+    result: str | None = None
+    inserted: tuple[int, ...] = ()
+
+    @property
+    def infrastructure(self) -> bool:
+        """Whether the sandbox or the grader, not the code, failed."""
+        return (self.verdict is not None and self.verdict.status is Status.INFRASTRUCTURE) or (
+            self.outcome in (Outcome.INFRASTRUCTURE, Outcome.TIMEOUT)
+        )
+
+
+@dataclass(slots=True)
+class Expander:
+    """Turns a leaf into a node with children. Holds the services, no state of any tree."""
+
+    policy: Policy
+    verifier: Verifier
+    format: StepFormat
+    sampling: Sampling
+    candidates: int
+    max_depth: int
+    reward: Reward | None = None
+    """A PPM that scores every surviving child; None when values start from terminals alone."""
+
+    async def expand(self, tree: Tree, problem: Problem, node: int, rule: TreePolicy) -> None:
+        """Add the children of `node`. Dead candidates become children too, as a record; none is selected.
+
+        Raises:
+            InfrastructureError: no candidate could be judged because the sandbox or grader failed.
+        """
+        prefix = tree.prefix_ids(node)
+        sampling = replace(self.sampling, seed=derive(tree.seed, *tree.continuation_ids(node)))
+        [sampled] = await self.policy.propose([prefix], self.candidates, sampling)
+        tree.sampled_tokens += sum(len(c.token_ids) for c in sampled)
+        siblings = self._distinct(sampled, tree.code_ended[node])
+        await asyncio.gather(*(self._judge(tree, problem, node, s) for s in siblings))
+        lost = [s for s in siblings if s.infrastructure]
+        tree.infrastructure_failures += len(lost)
+        if lost and len(lost) == len(siblings):
+            reason = lost[0].verdict.message if lost[0].verdict else "grading did not end"
+            raise InfrastructureError(f"problem {problem.id}: all {len(lost)} candidates were lost: {reason}")
+        live = [child for s in siblings if (child := self._attach(tree, node, s)) is not None]
+        await self._value(tree, live, rule)
+        tree.expanded[node] = True
+
+    def _distinct(self, sampled: list[Candidate], code_ended: bool) -> list[Sibling]:
+        """Candidates with the same text are one sibling: executed once, counted in `copies`."""
+        by_text: dict[str, Sibling] = {}
+        for candidate in sampled:
+            if (known := by_text.get(candidate.text)) is not None:
+                known.copies += 1
+                continue
+            parsed = (
+                Invalid(candidate.text, "cut off at the token limit")
+                if candidate.truncated
+                else self.format.parse(candidate.text, code_ended)
+            )
+            by_text[candidate.text] = Sibling(candidate, parsed, 1)
+        return list(by_text.values())
+
+    async def _judge(self, tree: Tree, problem: Problem, node: int, sibling: Sibling) -> None:
+        """Execute a step's code; grade it when it ends the solution; fetch what the environment inserts."""
+        parsed = sibling.parsed
+        if isinstance(parsed, Answer):
+            sibling.result = parsed.answer
+        elif isinstance(parsed, Step):
+            sibling.verdict = await self.verifier.check(problem, tree.prefix_code(node), parsed.code)
+            if not sibling.verdict.ok:
+                return
+            if parsed.final:
+                sibling.result = self.format.result(parsed, sibling.verdict.stdout)
+            if sibling.result is None and (text := self.format.inserted(parsed, sibling.verdict.stdout)):
+                [sibling.inserted] = await self.policy.encode([text])
+        if sibling.result is not None:
+            sibling.outcome = await self.verifier.grade(problem, sibling.result)
+
+    def _attach(self, tree: Tree, node: int, sibling: Sibling) -> int | None:
+        """Make the sibling a node; returns its id when it can be selected. Lost ones leave no trace."""
+        if sibling.infrastructure:
+            return None
+        parsed, verdict = sibling.parsed, sibling.verdict
+        code_ended = tree.code_ended[node] or (isinstance(parsed, Step) and parsed.final)
+        if sibling.outcome in (Outcome.CORRECT, Outcome.WRONG):
+            kind = NodeKind.TERMINAL
+        elif isinstance(parsed, Step) and verdict is not None and verdict.ok:
+            kind = NodeKind.STEP if tree.depth[node] + 1 < self.max_depth else NodeKind.DEAD
+        else:
+            kind = NodeKind.DEAD
+        child = tree.add(
+            node,
+            kind,
+            sibling.candidate.text,
+            parsed.code if isinstance(parsed, Step) else "",
+            sibling.candidate.token_ids,
+            sibling.candidate.logprobs,
+            inserted_ids=sibling.inserted,
+            copies=sibling.copies,
+            status=verdict.status
+            if verdict
+            else Status.REFUSED
+            if isinstance(parsed, Invalid)
+            else Status.OK,
+            stdout=verdict.stdout if verdict else "",
+            answer=sibling.result,
+            correct=sibling.outcome is Outcome.CORRECT if kind is NodeKind.TERMINAL else None,
+            code_ended=code_ended,
+        )
+        return child if kind is not NodeKind.DEAD else None
+
+    async def _value(self, tree: Tree, live: list[int], rule: TreePolicy) -> None:
+        """Give the new nodes their initial values; siblings are scored in one request."""
+        scores: list[float] | list[None] = [None] * len(live)
+        if self.reward is not None and live:
+            requests = [tree.score_request(child) for child in live]
+            tree.scored_tokens += sum(len(r.prompt_ids) + sum(map(len, r.steps)) for r in requests)
+            scores = await self.reward.score(requests)
+        for child, score in zip(live, scores, strict=True):
+            tree.prior[child], tree.prior_weight = rule.initial_value(score)
+
+
+def live_children(tree: Tree, node: int) -> list[int]:
+    """Children that a search may enter."""
+    return [child for child in tree.children[node] if tree.kind[child] is not NodeKind.DEAD]
+
+
+def bury(tree: Tree, node: int) -> None:
+    """Mark a node nothing can follow; the root stays the root."""
+    if node != ROOT:
+        tree.kind[node] = NodeKind.DEAD

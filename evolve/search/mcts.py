@@ -1,0 +1,122 @@
+"""Monte Carlo tree search over steps, one rollout after another on one tree, many trees at once.
+
+A rollout descends by the tree rule, expanding every leaf it meets, until it reaches a terminal or a dead end; the value found
+there (+1, -1; or the PPM's score at test time) is backed up to the root. Rollouts of one tree that are in flight at
+once keep apart by a virtual loss.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from dataclasses import dataclass, field
+from random import Random
+
+from evolve.search.expand import Expander, bury, live_children
+from evolve.search.seeds import derive
+from evolve.search.tree import ROOT, Tree
+from evolve.search.uct import TreePolicy, choose
+from evolve.types import NodeKind, Problem
+
+DEAD_VALUE = -1.0
+
+
+@dataclass(slots=True)
+class MCTS:
+    """Grows one tree at a time per call; holds no state between calls, so that calls may overlap."""
+
+    expander: Expander
+    rule: TreePolicy
+    concurrent_rollouts: int = 1
+    terminals_by_ppm: bool = False
+    """Back up the PPM's score of a terminal and not its grade: test time, when no gold answer is known."""
+
+    async def grow(self, tree: Tree, problem: Problem) -> None:
+        """Run rollouts until the rule says stop or the root has no live child left.
+
+        Raises:
+            InfrastructureError: a node could not be expanded for the sandbox's own reasons.
+        """
+        growth = _Growth(self, tree, problem)
+        async with asyncio.TaskGroup() as group:
+            for _ in range(self.concurrent_rollouts):
+                group.create_task(growth.work())
+
+    def terminal_value(self, tree: Tree, node: int) -> float:
+        """Value in [-1, 1] of reaching a terminal."""
+        if self.terminals_by_ppm:
+            return tree.prior[node]
+        return 1.0 if tree.correct[node] else -1.0
+
+
+@dataclass(slots=True)
+class _Growth:
+    """One tree while it grows: which nodes have rollouts below them, which are being expanded."""
+
+    mcts: MCTS
+    tree: Tree
+    problem: Problem
+    pending: dict[int, int] = field(default_factory=dict)
+    expanding: dict[int, asyncio.Future[None]] = field(default_factory=dict)
+    started: int = -1
+
+    def __post_init__(self) -> None:
+        self.started = self.tree.rollouts
+
+    async def work(self) -> None:
+        """Run rollouts one after the other until none is left to start."""
+        while not self._done():
+            self.started += 1
+            await self._rollout(Random(derive(self.tree.seed, "rollout", self.started)))
+
+    def _done(self) -> bool:
+        tree = self.tree
+        if tree.expanded[ROOT] and not live_children(tree, ROOT):
+            tree.note = tree.note or "no candidate of the first step survived"
+            return True
+        in_flight = self.pending.get(ROOT, 0)
+        if in_flight:
+            tree.rollouts += in_flight
+            done = self.mcts.rule.stop(tree)
+            tree.rollouts -= in_flight
+            return done
+        return self.mcts.rule.stop(tree)
+
+    async def _rollout(self, rng: Random) -> None:
+        tree, mcts = self.tree, self.mcts
+        node = ROOT
+        path = [node]
+        self._mark(node, +1)
+        try:
+            while tree.kind[node] is not NodeKind.TERMINAL:
+                if not tree.expanded[node]:
+                    await self._expand_once(node)
+                live = live_children(tree, node)
+                if not live:
+                    bury(tree, node)
+                    break
+                node = choose(mcts.rule, tree, live, self.pending, rng)
+                path.append(node)
+                self._mark(node, +1)
+        finally:
+            for visited in path:
+                self._mark(visited, -1)
+        is_terminal = tree.kind[node] is NodeKind.TERMINAL
+        value = mcts.terminal_value(tree, node) if is_terminal else DEAD_VALUE
+        mcts.rule.backup(tree, node, value)
+
+    def _mark(self, node: int, change: int) -> None:
+        self.pending[node] = self.pending.get(node, 0) + change
+        if not self.pending[node]:
+            del self.pending[node]
+
+    async def _expand_once(self, node: int) -> None:
+        """Expand a node; a second rollout that meets it meanwhile waits for the first."""
+        if (running := self.expanding.get(node)) is not None:
+            await asyncio.shield(running)
+            return
+        task = asyncio.ensure_future(self.mcts.expander.expand(self.tree, self.problem, node, self.mcts.rule))
+        self.expanding[node] = task
+        try:
+            await task
+        finally:
+            del self.expanding[node]
