@@ -136,11 +136,7 @@ class Expander:
             sibling.candidate.logprobs,
             inserted_ids=sibling.inserted,
             copies=sibling.copies,
-            status=verdict.status
-            if verdict
-            else Status.REFUSED
-            if isinstance(parsed, Invalid)
-            else Status.OK,
+            status=verdict.status if verdict else Status.REFUSED if isinstance(parsed, Invalid) else Status.OK,
             stdout=verdict.stdout if verdict else "",
             answer=sibling.result,
             correct=sibling.outcome is Outcome.CORRECT if kind is NodeKind.TERMINAL else None,

@@ -164,9 +164,7 @@ class Tree:
         return ScoreRequest(
             prompt_ids=self.prompt_ids,
             steps=tuple(self.token_ids[i] + self.inserted_ids[i] for i in path),
-            sampled=tuple(
-                (True,) * len(self.token_ids[i]) + (False,) * len(self.inserted_ids[i]) for i in path
-            ),
+            sampled=tuple((True,) * len(self.token_ids[i]) + (False,) * len(self.inserted_ids[i]) for i in path),
         )
 
     # ----------------------------------------------------------------- results

@@ -80,6 +80,4 @@ class UCT:
 
 def choose(policy: TreePolicy, tree: Tree, nodes: Sequence[int], pending: dict[int, int], rng: Random) -> int:
     """The node with the highest score; of equal ones the higher initial value, then one by chance."""
-    return max(
-        nodes, key=lambda i: (policy.select_score(tree, i, pending.get(i, 0)), tree.prior[i], rng.random())
-    )
+    return max(nodes, key=lambda i: (policy.select_score(tree, i, pending.get(i, 0)), tree.prior[i], rng.random()))

@@ -1,0 +1,158 @@
+"""Trees as Arrow tables and Parquet part files: one row a node, readable without this project.
+
+`SCHEMA` is the documented schema. A tree's own facts (problem, seed, digests, counters) stand on each of its rows, so that
+any row can be understood alone; they are constant within a tree and compress to almost nothing. The root's `token_ids` are the
+prompt. A part file holds whole trees only, and exists only complete: it is written aside, fsynced and renamed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from evolve.search.tree import ROOT, Tree
+from evolve.store.files import file_digest, publish_file
+from evolve.types import NodeKind, Status
+
+_TREE_FIELDS = [
+    pa.field("problem_id", pa.string(), False, {"doc": "id of the problem"}),
+    pa.field("round", pa.int32(), False, {"doc": "round that grew the tree, from 1"}),
+    pa.field("tree", pa.int32(), False, {"doc": "number of the tree among the problem's, from 0"}),
+    pa.field("seed", pa.int64(), False, {"doc": "seed every random choice of the tree derives from"}),
+    pa.field("policy_digest", pa.string(), False, {"doc": "digest of the policy's checkpoint"}),
+    pa.field("ppm_digest", pa.string(), False, {"doc": "digest of the PPM's checkpoint; empty without"}),
+    pa.field("rollouts", pa.int32(), False, {"doc": "rollouts that were backed up"}),
+    pa.field("sampled_tokens", pa.int64(), False, {"doc": "tokens generated, duplicates included"}),
+    pa.field("scored_tokens", pa.int64(), False, {"doc": "tokens the PPM was asked to score"}),
+    pa.field("infrastructure_failures", pa.int32(), False, {"doc": "candidates lost to the sandbox"}),
+    pa.field("prior_weight", pa.int32(), False, {"doc": "visits that `prior` counts as"}),
+    pa.field("note", pa.string(), False, {"doc": "why the search ended early, if it did"}),
+]
+_NODE_FIELDS = [
+    pa.field("node", pa.int32(), False, {"doc": "id of the node within its tree; 0 is the root"}),
+    pa.field("parent", pa.int32(), False, {"doc": "id of the parent; -1 for the root"}),
+    pa.field("depth", pa.int32(), False, {"doc": "steps from the root"}),
+    pa.field("kind", pa.string(), False, {"doc": "root, step, terminal or dead"}),
+    pa.field("text", pa.string(), False, {"doc": "the step as sampled, boundary included"}),
+    pa.field("code", pa.string(), False, {"doc": "the step's executable part"}),
+    pa.field("token_ids", pa.list_(pa.int32()), False, {"doc": "ids as sampled; the prompt's for the root"}),
+    pa.field("logprobs", pa.list_(pa.float32()), False, {"doc": "natural log-probability of each id"}),
+    pa.field("inserted_ids", pa.list_(pa.int32()), False, {"doc": "ids the environment put after the step"}),
+    pa.field("copies", pa.int32(), False, {"doc": "samples of the expansion with this very text"}),
+    pa.field("status", pa.string(), False, {"doc": "verdict of the execution"}),
+    pa.field("stdout", pa.string(), False, {"doc": "what the step printed"}),
+    pa.field("answer", pa.string(), True, {"doc": "the answer, of a terminal"}),
+    pa.field("correct", pa.bool_(), True, {"doc": "whether the answer is correct, of a terminal"}),
+    pa.field("visits", pa.int32(), False, {"doc": "N: rollouts that passed through"}),
+    pa.field("value_sum", pa.float64(), False, {"doc": "W: sum of their values, each in [-1, 1]"}),
+    pa.field("q", pa.float64(), False, {"doc": "Q-value: mean value, `prior` included by its weight"}),
+    pa.field("prior", pa.float64(), False, {"doc": "initial value: the PPM's score, else 0"}),
+    pa.field("expanded", pa.bool_(), False, {"doc": "whether candidates were sampled below"}),
+    pa.field("code_ended", pa.bool_(), False, {"doc": "whether the code up to here is complete"}),
+]
+SCHEMA = pa.schema(_TREE_FIELDS + _NODE_FIELDS, {"format": "evolve.tree.1"})
+
+_TREE_ATTRIBUTES = {"tree": "number"}
+_SAME_NAME = [
+    "parent", "depth", "text", "code", "logprobs", "inserted_ids", "copies", "stdout", "answer", "correct",
+    "visits", "value_sum", "prior", "expanded", "code_ended",
+]  # fmt: skip
+"""Node columns that are the tree's lists of the same name."""
+
+
+@dataclass(frozen=True, slots=True)
+class TreeKey:
+    """What identifies a tree within a round."""
+
+    problem_id: str
+    number: int
+
+
+def to_table(trees: Iterable[Tree]) -> pa.Table:
+    """Arrow table of whole trees, nodes in order of their ids."""
+    return pa.Table.from_batches([to_batch(tree) for tree in trees], SCHEMA)
+
+
+def to_batch(tree: Tree) -> pa.RecordBatch:
+    """Arrow record batch of one tree."""
+    size = len(tree)
+    columns: dict[str, Any] = {
+        f.name: [getattr(tree, _TREE_ATTRIBUTES.get(f.name, f.name))] * size for f in _TREE_FIELDS
+    }
+    columns |= {name: getattr(tree, name) for name in _SAME_NAME}
+    columns["node"] = list(range(size))
+    columns["kind"] = [kind.value for kind in tree.kind]
+    columns["status"] = [status.value for status in tree.status]
+    columns["token_ids"] = [tree.prompt_ids, *tree.token_ids[1:]]
+    columns["q"] = [tree.q(node) for node in range(size)]
+    return pa.RecordBatch.from_arrays([pa.array(columns[f.name], f.type) for f in SCHEMA], schema=SCHEMA)
+
+
+def from_table(table: pa.Table) -> list[Tree]:
+    """The trees of a table written by `to_table`; raises ValueError when a tree's rows are incomplete."""
+    columns = {name: table.column(name).to_pylist() for name in table.column_names}
+    starts = [row for row, node in enumerate(columns["node"]) if node == ROOT]
+    return [
+        _tree_from_rows(columns, start, end) for start, end in zip(starts, [*starts[1:], table.num_rows], strict=True)
+    ]
+
+
+def _tree_from_rows(columns: dict[str, list[Any]], start: int, end: int) -> Tree:
+    if columns["node"][start:end] != list(range(end - start)):
+        raise ValueError(f"rows {start} to {end} of problem {columns['problem_id'][start]} are not one whole tree")
+    fields = {_TREE_ATTRIBUTES.get(f.name, f.name): columns[f.name][start] for f in _TREE_FIELDS}
+    rows: dict[str, list[Any]] = {name: columns[name][start:end] for name in _SAME_NAME}
+    for name in ("logprobs", "inserted_ids"):
+        rows[name] = [tuple(value) for value in rows[name]]
+    token_ids = [tuple(ids) for ids in columns["token_ids"][start:end]]
+    children: list[list[int]] = [[] for _ in range(end - start)]
+    for node, parent in enumerate(rows["parent"]):
+        if parent >= 0:
+            children[parent].append(node)
+    return Tree(
+        **fields,
+        prompt_ids=token_ids[ROOT],
+        children=children,
+        kind=[NodeKind(kind) for kind in columns["kind"][start:end]],
+        status=[Status(status) for status in columns["status"][start:end]],
+        token_ids=[(), *token_ids[1:]],
+        **rows,
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """A durable part file, as the manifest names it."""
+
+    name: str
+    digest: str
+    keys: tuple[TreeKey, ...]
+
+
+def write_part(directory: Path, name: str, trees: Sequence[Tree]) -> Part:
+    """Make `trees` durable as `directory/name`; the file appears whole or not at all."""
+    table = to_table(trees)
+    path = directory / name
+    publish_file(path, lambda aside: pq.write_table(table, aside, compression="zstd"))
+    return Part(name, file_digest(path), tuple(TreeKey(t.problem_id, t.number) for t in trees))
+
+
+def read_part(path: Path) -> list[Tree]:
+    """The trees of one part file."""
+    return from_table(pq.read_table(path, schema=SCHEMA))
+
+
+def part_keys(path: Path) -> tuple[TreeKey, ...]:
+    """Which trees a part file holds, reading three columns only."""
+    table = pq.read_table(path, columns=["problem_id", "tree", "node"], filters=[("node", "=", ROOT)])
+    return tuple(
+        TreeKey(problem, number)
+        for problem, number in zip(
+            table.column("problem_id").to_pylist(), table.column("tree").to_pylist(), strict=True
+        )
+    )
