@@ -181,7 +181,7 @@ class Reader:
             return None
         if not isinstance(node, yaml.SequenceNode):
             raise _Wrong(f"{node.value!r} is not a list", f"it needs {_describe(kind)}, e.g. [64, 128]")
-        item: Any = typing.get_args(_strip(kind))[0]
+        item = build = typing.get_args(_strip(kind))[0]
         if not dataclasses.is_dataclass(item):
             return [self._value(child, item, key, place) for child in node.value]
         rows = []
@@ -190,7 +190,7 @@ class Reader:
             if not isinstance(child, yaml.MappingNode):
                 raise _Wrong(f"entry {number} is not a mapping", "write `- key: value` entries")
             settings = self._mapping(child, item, f"{key}.{number}", file)
-            rows.append(item(**{s.key.rpartition(".")[2]: s.value for s in settings}))
+            rows.append(build(**{s.key.rpartition(".")[2]: s.value for s in settings}))
         return rows
 
     def _unknown(self, key: str, name: str, prefix: str, hints: dict[str, Any], place: str) -> None:
