@@ -1,8 +1,8 @@
 """Calls to actors, coalesced: what many coroutines ask for in one moment travels in one Ray call.
 
-A Ray call costs about a millisecond of CPU on both sides together; a search makes tens of thousands of requests. So a client
-gathers the calls of one turn of its event loop into one `submit`, and fetches whatever has been answered since with
-one `collect`, which waits at the actor. Every call still has its own answer, error and deadline.
+A Ray call costs about a millisecond of CPU on both sides together; a search makes tens of thousands of requests. So a
+client gathers the calls of one turn of its event loop into one `submit`, and fetches whatever has been answered since
+with one `collect`, which waits at the actor. Every call still has its own answer, error and deadline.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """The board: which trees are to be grown, and where the Q-values of the grown ones are.
 
-One small actor. Shards pull tasks from it when they have room and publish finished trees to it: a summary for the
-counting, and a reference to the tree's Arrow record batch in the object store. Once a part file makes the tree durable the
-reference is dropped, and with it the memory; Q-values are then read from the part.
+One small actor. Shards pull tasks from it when they have room and publish finished trees to it: a summary for
+the counting, and a reference to the tree's Arrow record batch in the object store. Once a part file makes the tree
+durable the reference is dropped, and with it the memory; Q-values are then read from the part.
 """
 
 from __future__ import annotations
@@ -89,10 +89,11 @@ class Board:
         for summary, reference in trees:
             key = TreeKey(summary.problem_id, summary.number)
             self._in_flight.pop(key, None)
-            if key in self._parts or key in self._live:
-                continue
-            self._live[key] = reference[0]
             finished = self._finished[summary.problem_id]
+            if any(known.number == summary.number for known in finished):
+                continue
+            if key not in self._parts:
+                self._live[key] = reference[0]
             finished.append(summary)
             self._queue.extend(
                 task

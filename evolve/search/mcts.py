@@ -1,8 +1,8 @@
 """Monte Carlo tree search over steps, one rollout after another on one tree, many trees at once.
 
-A rollout descends by the tree rule, expanding every leaf it meets, until it reaches a terminal or a dead end; the value found
-there (+1, -1; or the PPM's score at test time) is backed up to the root. Rollouts of one tree that are in flight at
-once keep apart by a virtual loss.
+A rollout descends by the tree rule, expanding every leaf it meets, until it reaches a terminal or a dead end; the
+value found there (+1, -1; or the PPM's score at test time) is backed up to the root. Rollouts of one tree that are in
+flight at once keep apart by a virtual loss.
 """
 
 from __future__ import annotations

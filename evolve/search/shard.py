@@ -15,7 +15,7 @@ from typing import Any
 import ray
 
 from evolve.policy.formats import format_named
-from evolve.search.board import TreeKey
+from evolve.schema import ValueKind
 from evolve.search.budget import TreeSummary, TreeTask
 from evolve.search.expand import Expander, InfrastructureError
 from evolve.search.mcts import MCTS
@@ -23,8 +23,8 @@ from evolve.search.seeds import tree_seed
 from evolve.search.tree import Tree
 from evolve.search.uct import UCT
 from evolve.service import RemotePolicy, RemoteReward, RemoteVerifier, ServiceClient
-from evolve.store.trees import to_batch, write_part
-from evolve.types import Problem, RoundPlan, Sampling, ValueKind
+from evolve.store.trees import TreeKey, to_batch, write_part
+from evolve.types import Problem, RoundPlan, Sampling
 
 PART_TREES = 64
 """Finished trees that make a part file."""
@@ -77,13 +77,18 @@ class Shard:
         changed = asyncio.Event()
         flusher = asyncio.create_task(self._flush_regularly(job, board, finished))
         running: set[asyncio.Task[None]] = set()
+        errors: list[BaseException] = []
 
         def ended(task: asyncio.Task[None]) -> None:
             running.discard(task)
+            if not task.cancelled() and (error := task.exception()) is not None:
+                errors.append(error)
             changed.set()
 
         try:
             while True:
+                if errors:
+                    raise errors[0]
                 changed.clear()
                 room = job.concurrent_trees - len(running)
                 tasks = await board.take.remote(self.name, room) if room else []
@@ -101,6 +106,8 @@ class Shard:
                         continue
         finally:
             flusher.cancel()
+            for growth in running:
+                growth.cancel()
         await self._flush(job, board, finished)
 
     async def _grow_one(self, job: SearchJob, board: Any, task: TreeTask, finished: _Finished) -> None:
@@ -119,6 +126,7 @@ class Shard:
 
     async def _grow_tree(self, job: SearchJob, task: TreeTask) -> Tree:
         plan, problem = job.plan, task.problem
+        bare = Problem(problem.id, "", problem.answers)  # what travels with every request
         augmented = plan.value is ValueKind.ppm
         fmt = format_named(job.format)
         [prompt] = await self.policy.encode([job.few_shot + fmt.prompt(problem.question)])
@@ -141,7 +149,7 @@ class Shard:
             reward=self.reward if augmented else None,
         )
         rule = UCT(rollouts=task.rollouts, exploration=plan.exploration, augmented=augmented)
-        await MCTS(expander, rule, job.concurrent_rollouts).grow(tree, problem)
+        await MCTS(expander, rule, job.concurrent_rollouts).grow(tree, bare)
         return tree
 
     async def _flush_regularly(self, job: SearchJob, board: Any, finished: _Finished) -> None:
@@ -181,8 +189,3 @@ def summary_of(tree: Tree) -> TreeSummary:
         executions=sum(map(bool, tree.code)),
         infrastructure_failures=tree.infrastructure_failures,
     )
-
-
-def plain_problem(problem: Problem) -> Problem:
-    """The problem without what only reports need; it travels with every request to the verifier."""
-    return Problem(problem.id, "", problem.answers)

@@ -119,7 +119,8 @@ class RunDirectory:
 class Lock:
     """At most one driver on a run directory.
 
-    The lock names its holder's host, process and start time; one whose process is gone (same host) is stale and taken over.
+    The lock names its holder's host, process and start time; one whose process is gone (same host) is stale and is
+    taken over.
     """
 
     def __init__(self, run: RunDirectory) -> None:
@@ -166,8 +167,8 @@ class Lock:
                 return
         raise RunError(
             f"{self._path.parent} is in use by another driver: host {holder.get('host', '?')}, process "
-            f"{holder.get('pid', '?')}, since {holder.get('since', '?')}. Wait for it or end it; use another run.name for a "
-            f"second run. If that machine is gone for good, delete {self._path}."
+            f"{holder.get('pid', '?')}, since {holder.get('since', '?')}. Wait for it or end it; use another "
+            f"run.name for a second run. If that machine is gone for good, delete {self._path}."
         )
 
     def release(self) -> None:

@@ -1,8 +1,9 @@
 """Trees as Arrow tables and Parquet part files: one row a node, readable without this project.
 
-`SCHEMA` is the documented schema. A tree's own facts (problem, seed, digests, counters) stand on each of its rows, so that
-any row can be understood alone; they are constant within a tree and compress to almost nothing. The root's `token_ids` are the
-prompt. A part file holds whole trees only, and exists only complete: it is written aside, fsynced and renamed.
+`SCHEMA` is the documented schema. A tree's own facts (problem, seed, digests, counters) stand on each of its rows, so
+that any row can be understood alone; they are constant within a tree and compress to almost nothing. The root's
+`token_ids` are the prompt. A part file holds whole trees only, and exists only complete: it is written aside, fsynced
+and renamed.
 """
 
 from __future__ import annotations
@@ -105,8 +106,8 @@ def from_table(table: pa.Table) -> list[Tree]:
 def _tree_from_rows(columns: dict[str, list[Any]], start: int, end: int) -> Tree:
     if columns["node"][start:end] != list(range(end - start)):
         raise ValueError(f"rows {start} to {end} of problem {columns['problem_id'][start]} are not one whole tree")
-    fields = {_TREE_ATTRIBUTES.get(f.name, f.name): columns[f.name][start] for f in _TREE_FIELDS}
-    rows: dict[str, list[Any]] = {name: columns[name][start:end] for name in _SAME_NAME}
+    fields: dict[str, Any] = {_TREE_ATTRIBUTES.get(f.name, f.name): columns[f.name][start] for f in _TREE_FIELDS}
+    rows: dict[str, Any] = {name: columns[name][start:end] for name in _SAME_NAME}
     for name in ("logprobs", "inserted_ids"):
         rows[name] = [tuple(value) for value in rows[name]]
     token_ids = [tuple(ids) for ids in columns["token_ids"][start:end]]
