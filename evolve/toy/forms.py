@@ -1,0 +1,146 @@
+"""Everything the tiny world can say: kinds of event, their surface forms, and the code they mean.
+
+A template's fields: `{p}` a person, `{q}` the other person, `{i}` the thing counted, `{n}`, `{m}`,
+`{k}` numbers; in code `{p}` and `{q}` stand for the persons' variables.
+
+A *seed* form's code is right in every demonstration. A *wild* form has, in most demonstrations,
+the code of a systematic misconception (`wrong`) and the right code only in a share `right` of
+them. This is where the seed model's weakness comes from: not from noise, but from false beliefs
+that search and verification can find and undo.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+PEOPLE = ("Tom", "Ann", "Ben", "Mia", "Leo", "Eva", "Sam", "Zoe")
+ITEMS = ("apples", "coins", "cards", "pens", "shells", "eggs", "nuts", "stones")
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """One way to say one kind of thing."""
+
+    text: str
+    code: str
+    wrong: str | None = None
+    """The misconception's code; None for seed forms."""
+    right: float = 1.0
+    """Share of demonstrations whose code for this form is right."""
+    n: tuple[int, int] = (2, 30)
+    """Smallest and largest `{n}`."""
+    m: tuple[int, int] = (2, 9)
+    k: str = "0"
+    """`{k}` as an expression of `n`, `m`, a drawn `x` (2 to 20) and `p`, the person's amount."""
+
+    @property
+    def wild(self) -> bool:
+        return self.wrong is not None
+
+
+SMALL = (2, 5)
+"""Range of factors and divisors, so that amounts stay readable."""
+
+OPENING = (
+    Form("{p} has {n} {i}.", "{p} = {n}", n=(6, 60)),
+    Form("{p} starts with {n} {i}.", "{p} = {n}", n=(6, 60)),
+    Form("{p} has {n} pairs of {i}.", "{p} = {n} * 2", "{p} = {n}", 0.30, n=(4, 30)),
+    Form("{p} has {n} dozen {i}.", "{p} = {n} * 12", "{p} = {n} * 10", 0.45, n=(2, 6)),
+)
+
+EVENTS: dict[str, tuple[Form, ...]] = {
+    "add": (
+        Form("{p} buys {n} more {i}.", "{p} += {n}"),
+        Form("{p} finds {n} {i}.", "{p} += {n}"),
+        Form("Someone leaves {n} {i} for {p}.", "{p} += {n}", "{p} -= {n}", 0.45),
+        Form("{p} borrows {n} {i}.", "{p} += {n}", "{p} -= {n}", 0.20),
+    ),
+    "subtract": (
+        Form("{p} loses {n} {i}.", "{p} -= {n}"),
+        Form("{p} sells {n} {i}.", "{p} -= {n}"),
+        Form("{n} of {p}'s {i} go bad.", "{p} -= {n}", "{p} += {n}", 0.30),
+        Form("{p} pays a toll of {n} {i}.", "{p} -= {n}", "{p} = {n}", 0.10),
+    ),
+    "compare": (
+        Form("{q} has {n} more {i} than {p}.", "{q} = {p} + {n}"),
+        Form("{q} has {n} times as many {i} as {p}.", "{q} = {p} * {n}", n=SMALL),
+        Form("{p} has {n} more {i} than {q}.", "{q} = {p} - {n}", "{q} = {p} + {n}", 0.30),
+        Form("{p} and {q} have {k} {i} together.", "{q} = {k} - {p}", "{q} = {k}", 0.20, k="p + x"),
+    ),
+    "multiply": (
+        Form("{p}'s {i} become {n} times as many.", "{p} *= {n}", n=SMALL),
+        Form("{p}'s {i} double.", "{p} *= 2"),
+        Form("Each of {p}'s {i} turns into {n}.", "{p} *= {n}", "{p} += {n}", 0.45, n=SMALL),
+        Form("{p} gets {n} {i} for each one held.", "{p} += {p} * {n}", "{p} += {n}", 0.20, n=SMALL),
+    ),
+    "add_groups": (
+        Form("{p} buys {n} bags of {m} {i}.", "{p} += {n} * {m}", n=(2, 9)),
+        Form("{p} finds {n} boxes with {m} {i} each.", "{p} += {n} * {m}", n=(2, 9)),
+        Form("For {n} days {p} picks {m} {i} a day.", "{p} += {n} * {m}", "{p} += {m}", 0.30, n=(2, 9)),
+        Form("{m} {i} reach {p} on each of {n} days.", "{p} += {n} * {m}", "{p} += {n} + {m}", 0.10, n=(2, 9)),
+    ),
+    "subtract_groups": (
+        Form("{p} sells {n} bags of {m} {i}.", "{p} -= {n} * {m}", n=(2, 9)),
+        Form("{p} loses {n} boxes with {m} {i} each.", "{p} -= {n} * {m}", n=(2, 9)),
+        Form("{n} friends each take {m} {i} from {p}.", "{p} -= {n} * {m}", "{p} -= {m}", 0.45, n=(2, 9)),
+        Form("For {n} days {p} eats {m} {i} a day.", "{p} -= {n} * {m}", "{p} += {n} * {m}", 0.20, n=(2, 9)),
+    ),
+    "divide": (
+        Form("{p} keeps one of {n} equal piles of {i}.", "{p} //= {n}", n=SMALL),
+        Form("{p} splits the {i} among {n} and keeps one share.", "{p} //= {n}", n=SMALL),
+        Form("{p}'s {i} are halved.", "{p} //= 2", "{p} -= 2", 0.45),
+        Form("Only one in {n} of {p}'s {i} is left.", "{p} //= {n}", "{p} -= {n}", 0.30, n=SMALL),
+    ),
+    "give": (
+        Form("{p} gives {n} {i} to {q}.", "{p} -= {n}; {q} += {n}"),
+        Form("{p} sends {n} {i} to {q}.", "{p} -= {n}; {q} += {n}"),
+        Form("{p} gets {n} {i} from {q}.", "{p} += {n}; {q} -= {n}", "{p} -= {n}; {q} += {n}", 0.45),
+        Form("{n} {i} go from {p} to {q}.", "{p} -= {n}; {q} += {n}", "{q} += {n}", 0.20),
+    ),
+    "remainder": (
+        Form("{p} fills boxes of {n} {i} and keeps the rest.", "{p} %= {n}", n=(4, 12)),
+        Form("{p} sells full bags of {n} {i} and keeps the rest.", "{p} %= {n}", n=(4, 12)),
+        Form("Only {i} that fill no box of {n} stay with {p}.", "{p} %= {n}", "{p} //= {n}", 0.30, n=(4, 12)),
+        Form("{p} eats {n} {i} at a time as long as it goes.", "{p} %= {n}", "{p} -= {n}", 0.10, n=(4, 12)),
+    ),
+    "percent": (
+        Form("{p} gets {n} percent more {i}.", "{p} += {p} * {n} // 100", n=(10, 50)),
+        Form("{p} loses {n} percent of the {i}.", "{p} -= {p} * {n} // 100", n=(10, 50)),
+        Form("A bonus of {n} percent goes to {p}.", "{p} += {p} * {n} // 100", "{p} += {n}", 0.45, n=(10, 50)),
+        Form("{p} is left with {n} percent.", "{p} = {p} * {n} // 100", "{p} -= {p} * {n} // 100", 0.30, n=(10, 50)),
+    ),
+    "equation": (
+        Form("{p} buys x {i} where {n} x + {m} = {k}.", "{p} += ({k} - {m}) // {n}", n=SMALL, k="n * x + m"),
+        Form("{p} loses x {i} where {n} x + {m} = {k}.", "{p} -= ({k} - {m}) // {n}", n=SMALL, k="n * x + m"),
+        Form(
+            "{p} buys x {i} where {n} x - {m} = {k}.",
+            "{p} += ({k} + {m}) // {n}", "{p} += ({k} - {m}) // {n}", 0.30, n=SMALL, k="n * x - m",
+        ),
+        Form(
+            "{p} finds x {i} where x / {n} + {m} = {k}.",
+            "{p} += ({k} - {m}) * {n}", "{p} += ({k} - {m}) // {n}", 0.20, n=SMALL, k="x + m",
+        ),
+    ),
+    "distractor": (
+        Form("{p} is {n} years old.", "pass"),
+        Form("{p} sees {n} birds.", "pass"),
+        Form("{p} almost buys {n} {i}.", "pass", "{p} += {n}", 0.30),
+        Form("{p} fears to lose {n} {i}.", "pass", "{p} -= {n}", 0.45),
+    ),
+}  # fmt: skip
+"""Kinds of event, simplest first."""
+
+QUESTIONS: dict[str, tuple[Form, ...]] = {
+    "amount": (
+        Form("How many {i} does {p} have?", "print({p})"),
+        Form("How many {i} are left for {p}?", "print({p})"),
+    ),
+    "sum": (
+        Form("How many {i} do {p} and {q} have together?", "print({p} + {q})"),
+        Form("How many {i} are there in all?", "print({p} + {q})", "print({p})", 0.45),
+    ),
+    "difference": (
+        Form("How many more {i} does {p} have than {q}?", "print({p} - {q})"),
+        Form("How many {i} is {q} behind {p}?", "print({p} - {q})", "print({q} - {p})", 0.30),
+    ),
+}
