@@ -55,17 +55,17 @@ $(READY): pyproject.toml $(CONSTRAINTS)
 	[[ -x $(VENV)/bin/python ]] || $(PYTHON) -m venv $(VENV)
 	torch=$$(grep '^torch==' $(CONSTRAINTS))
 	echo "setup: $$torch"
-	if ! $(PIP) install --quiet --constraint $(CONSTRAINTS) "$$torch"; then
+	if ! $(PIP) install -qq --constraint $(CONSTRAINTS) "$$torch"; then
 	  echo "setup: pip's index has no $$torch; asking $(CPU_WHEELS)"
-	  $(PIP) install --quiet --retries 2 --timeout 30 --constraint $(CONSTRAINTS) --extra-index-url $(CPU_WHEELS) "$$torch"
+	  $(PIP) install -qq --retries 2 --timeout 30 --constraint $(CONSTRAINTS) --extra-index-url $(CPU_WHEELS) "$$torch"
 	fi
 	echo "setup: everything else, as pinned in $(CONSTRAINTS)"
-	$(PIP) install --quiet --constraint $(CONSTRAINTS) --editable '.[$(EXTRA),dev]'
+	$(PIP) install -qq --constraint $(CONSTRAINTS) --editable '.[$(EXTRA),dev]'
 	# Builds of these for another torch break the import of transformers and vLLM; nothing here needs them.
 	for package in torchvision torchaudio torchcodec; do
 	  if $(PIP) show --quiet $$package 2>/dev/null && ! $(VENV)/bin/python -c "import $$package" 2>/dev/null; then
 	    echo "setup: removing $$package, which does not fit this torch"
-	    $(PIP) uninstall --quiet --yes $$package
+	    $(PIP) uninstall -qq --yes $$package
 	  fi
 	done
 	echo "setup: checking that what is installed imports"
