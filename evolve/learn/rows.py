@@ -1,0 +1,94 @@
+"""Training rows on disk: one Parquet (or Arrow IPC) row a `Trajectory` or `StepPair`.
+
+Columns are the fields of the dataclass, by the same names, in the same order:
+
+| type | columns |
+|---|---|
+| Trajectory | problem_id, text, answer: string · round, tree, node: int32 · correct: bool · q, logprob: float64 · prompt_ids, token_ids: list of int32 · sampled: list of bool |
+| StepPair | problem_id, kind: string · round, tree, node: int32 · prefix_ids, positive_ids, negative_ids: list of int32 · positive_sampled, negative_sampled: list of bool · positive_q, negative_q, weight: float64 |
+
+A `.arrow` file is memory-mapped when read, so that a large one costs a trainer no memory.
+"""  # noqa: E501
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import TypeVar
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from evolve.types import StepPair, Trajectory
+
+Row = TypeVar("Row", Trajectory, StepPair)
+
+_IDS = pa.list_(pa.int32())
+_FLAGS = pa.list_(pa.bool_())
+_ARROW_TYPES = {
+    "str": pa.string(),
+    "int": pa.int32(),
+    "bool": pa.bool_(),
+    "float": pa.float64(),
+    "tuple[int, ...]": _IDS,
+    "tuple[bool, ...]": _FLAGS,
+}
+
+
+def schema(row_type: type[Trajectory] | type[StepPair]) -> pa.Schema:
+    """The Arrow schema of a row type."""
+    return pa.schema([(f.name, _ARROW_TYPES[str(f.type)]) for f in fields(row_type)])
+
+
+def to_table(rows: Sequence[Row], row_type: type[Row] | None = None) -> pa.Table:
+    """Rows as an Arrow table. `row_type` is needed where there may be no row to take it from."""
+    if row_type is None:
+        if not rows:
+            raise ValueError("to_table: no rows to take the schema from; pass row_type")
+        row_type = type(rows[0])
+    layout = schema(row_type)
+    columns = [pa.array([getattr(row, field.name) for row in rows], type=field.type) for field in layout]
+    return pa.Table.from_arrays(columns, schema=layout)
+
+
+def from_table(table: pa.Table, row_type: type[Row]) -> list[Row]:
+    """The rows of a table written by `to_table`."""
+    names = [f.name for f in fields(row_type)]
+    columns = [table.column(name).to_pylist() for name in names]
+    sequences = [pa.types.is_list(table.schema.field(name).type) for name in names]
+    return [
+        row_type(*(tuple(v) if sequence else v for v, sequence in zip(values, sequences, strict=True)))
+        for values in zip(*columns, strict=True)
+    ]
+
+
+def write(table: pa.Table, path: str | Path) -> None:
+    """Publish a table at `path` (`.parquet` or `.arrow`): written beside, synced, renamed."""
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    if path.suffix == ".parquet":
+        pq.write_table(table, aside, compression="zstd")
+    elif path.suffix == ".arrow":
+        with pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+            writer.write_table(table)
+    else:
+        raise ValueError(f"{path}: rows are written as .parquet or .arrow, not {path.suffix!r}")
+    with aside.open("rb+") as file:
+        os.fsync(file.fileno())
+    aside.replace(path)
+
+
+def read(paths: Sequence[str | Path]) -> pa.Table:
+    """The rows of several files, one after the other."""
+    tables = []
+    for path in map(Path, paths):
+        if path.suffix == ".parquet":
+            tables.append(pq.read_table(path))
+        elif path.suffix == ".arrow":
+            tables.append(pa.ipc.open_file(pa.memory_map(str(path))).read_all())
+        else:
+            raise ValueError(f"{path}: rows are read from .parquet or .arrow, not {path.suffix!r}")
+    return pa.concat_tables(tables)

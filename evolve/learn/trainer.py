@@ -1,0 +1,201 @@
+"""The entry point to training: a group of Ray Train workers that takes one job after the other.
+
+Starting a group costs 10 to 25 s on a laptop (processes, imports, process group), a tiny model's training
+hardly more. So the function that Ray Train runs is a server: jobs reach it through a mailbox actor, and a
+group can be started ahead of time and kept.
+
+    with TrainerGroup(Workers(2), storage) as group:
+        sft, ppm = group.fit([sft_job, ppm_job])
+
+When a worker dies, Ray Train starts the group anew and the job goes on from its last checkpoint. Checkpoints
+lie beside the output and are found there, so that a new driver finds them as well; they are not reported to
+Ray Train, whose record can miss one that was made less than a second before a crash.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+import uuid
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import ray
+
+from evolve.learn.errors import LearningError
+from evolve.learn.jobs import TrainJob, TrainResult, Workers
+from evolve.learn.mailbox import Mailbox
+from evolve.learn.worker import serve
+
+OnProgress = Callable[[TrainJob, Mapping[str, float]], None]
+
+_WAIT_S = 0.5
+_CLOSE_S = 30.0
+
+
+class TrainingTimeoutError(TimeoutError):
+    """A training or the start of its workers took longer than it may."""
+
+
+class TrainerGroup:
+    """Trainer workers that live until `close`.
+
+    `storage` is a directory for Ray Train's own bookkeeping. `max_failures`: how often the group may lose a
+    worker before `fit` gives up. `start_timeout_s` bounds the wait for the workers.
+    """
+
+    def __init__(
+        self,
+        workers: Workers,
+        storage: str | Path,
+        *,
+        max_failures: int = 3,
+        start_timeout_s: float = 300.0,
+    ) -> None:
+        self.workers = workers
+        self._storage = Path(storage).absolute()
+        self._max_failures = max_failures
+        self._start_timeout_s = start_timeout_s
+        self._mailbox: Any = None
+        self._thread: threading.Thread | None = None
+        self._error: BaseException | None = None
+
+    def __enter__(self) -> TrainerGroup:
+        return self
+
+    def __exit__(self, *exception: object) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Begin to start the workers, without waiting for them. Done by `fit` where it was not before."""
+        if self._thread is not None:
+            return
+        self._mailbox = ray.remote(Mailbox).options(num_cpus=0, max_concurrency=1000).remote()
+        self._thread = threading.Thread(target=self._run, name="trainer-group", daemon=True)
+        self._thread.start()
+
+    def _run(self) -> None:
+        """Ray Train's `fit`, which returns when the workers do."""
+        from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+        from ray.train.torch import TorchConfig, TorchTrainer
+
+        trainer = TorchTrainer(
+            serve,
+            train_loop_config={
+                "mailbox": self._mailbox,
+                "gpu": self.workers.gpu,
+                "cpus": self.workers.cpus,
+            },
+            scaling_config=ScalingConfig(
+                num_workers=self.workers.count,
+                use_gpu=self.workers.gpu,
+                resources_per_worker={"CPU": self.workers.cpus, **({"GPU": 1} if self.workers.gpu else {})},
+            ),
+            torch_config=TorchConfig(backend="nccl" if self.workers.gpu else "gloo"),
+            run_config=RunConfig(
+                name=f"trainer-{uuid.uuid4().hex[:8]}",
+                storage_path=str(self._storage),
+                failure_config=FailureConfig(max_failures=self._max_failures),
+                checkpoint_config=CheckpointConfig(),
+            ),
+        )
+        try:
+            trainer.fit()
+        except BaseException as error:
+            # Raised again in the thread that waits for a result.
+            self._error = error
+
+    def fit(self, jobs: Sequence[TrainJob], on_progress: OnProgress | None = None) -> list[TrainResult]:
+        """Train the jobs in order; a job may start from the output of one before it.
+
+        Raises `LearningError` for rows or settings that cannot be trained with, `TrainingTimeoutError`
+        after a job's `config.timeout_s`, and Ray Train's error when workers keep dying.
+        """
+        for job in jobs:
+            job.check(self.workers.count)
+        self.start()
+        return [self._fit(_absolute(job), on_progress) for job in jobs]
+
+    def _fit(self, job: TrainJob, on_progress: OnProgress | None) -> TrainResult:
+        index = ray.get(self._mailbox.submit.remote(job), timeout=60)
+        self._await_start(job)
+        deadline = time.monotonic() + job.config.timeout_s
+        seen: dict[str, float] = {}
+        while True:
+            outcome, metrics = ray.get(self._mailbox.outcome.remote(index, _WAIT_S), timeout=60)
+            if metrics != seen and on_progress is not None:
+                on_progress(job, metrics)
+            seen = metrics
+            if isinstance(outcome, LearningError):
+                raise outcome
+            if outcome is not None:
+                return outcome
+            self._check_alive(job)
+            if time.monotonic() > deadline:
+                at = f"step {seen['step']:.0f} of {seen['steps']:.0f}" if seen else "no step done"
+                self._kill()
+                raise TrainingTimeoutError(
+                    f"{job.kind} training of {job.output} is not done after {job.config.timeout_s:.0f} s ({at}); "
+                    "raise `timeout_s`, or run again to go on from the last checkpoint"
+                )
+
+    def _await_start(self, job: TrainJob) -> None:
+        deadline = time.monotonic() + self._start_timeout_s
+        while len(ray.get(self._mailbox.workers.remote(), timeout=60)) < self.workers.count:
+            self._check_alive(job)
+            if time.monotonic() > deadline:
+                free = ray.available_resources()
+                have = f"{free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs"
+                self._kill()
+                raise TrainingTimeoutError(
+                    f"the trainer group's {self.workers.count} workers ({self.workers.cpus:g} CPUs"
+                    f"{' and a GPU' if self.workers.gpu else ''} each) have not started after "
+                    f"{self._start_timeout_s:.0f} s; the cluster has {have} free"
+                )
+            time.sleep(0.1)
+
+    def _check_alive(self, job: TrainJob) -> None:
+        if self._thread is not None and not self._thread.is_alive():
+            raise RuntimeError(f"the trainer group ended during the training of {job.output}") from self._error
+
+    def _kill(self) -> None:
+        """End workers that may hang."""
+        ray.get(self._mailbox.close.remote(), timeout=60)
+        for worker, _ in ray.get(self._mailbox.workers.remote(), timeout=60).values():
+            ray.kill(worker)
+
+    def close(self) -> None:
+        """Let the workers end and give their resources back. May be called twice."""
+        if self._thread is None:
+            return
+        ray.get(self._mailbox.close.remote(), timeout=60)
+        self._thread.join(_CLOSE_S)
+        if self._thread.is_alive():
+            self._kill()
+            self._thread.join(_CLOSE_S)
+        ray.kill(self._mailbox)
+        self._thread = None
+
+
+def fit(
+    jobs: Sequence[TrainJob],
+    workers: Workers,
+    storage: str | Path,
+    on_progress: OnProgress | None = None,
+) -> list[TrainResult]:
+    """Train the jobs one after the other in one group of workers that ends with them."""
+    with TrainerGroup(workers, storage) as group:
+        return group.fit(jobs, on_progress)
+
+
+def _absolute(job: TrainJob) -> TrainJob:
+    """The job with absolute paths: workers run in a directory of their own."""
+    return replace(
+        job,
+        initial=str(Path(job.initial).absolute()),
+        rows=tuple(str(Path(path).absolute()) for path in job.rows),
+        output=str(Path(job.output).absolute()),
+        metrics=None if job.metrics is None else str(Path(job.metrics).absolute()),
+    )

@@ -1,0 +1,371 @@
+"""What runs in every process of a trainer group: one job after the other, until the group is closed."""
+
+from __future__ import annotations
+
+import gc
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, fields
+from pathlib import Path
+from typing import Any, TypeVar
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from evolve.learn import rows
+from evolve.learn.errors import LearningError
+from evolve.learn.forest import Pairs
+from evolve.learn.jobs import RESULT_FILE, TrainJob, TrainResult
+from evolve.learn.packing import Completions, MicroBatch, plan_steps, worker_batches
+from evolve.learn.split import held_out
+from evolve.schema import PPMConfig, ScoreForm
+
+log = logging.getLogger(__name__)
+
+_POLL_S = 20.0
+_PROGRESS_S = 0.5
+_ATTENTION_BREAK_EVEN = 4
+"""Times the hidden size: the row length at which attention costs as much as the rest. Measured: 530 tokens at
+hidden size 128 on a CPU (65 µs a token at length 128, 150 µs at 1024)."""
+
+T = TypeVar("T")
+Data = Completions | Pairs
+Report = Callable[[Mapping[str, float]], None]
+
+
+def prepare_process(gpu: bool, cpus: float) -> None:
+    """Settings of this process that must precede DeepSpeed's import."""
+    os.environ["DS_ACCELERATOR"] = "cuda" if gpu else "cpu"
+    os.environ["WANDB_MODE"] = "disabled"
+    os.environ["HF_HUB_DISABLE_TELEMETRY"] = "1"
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    import torch
+
+    if not gpu:
+        torch.set_num_threads(max(1, int(cpus)))
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    # An optional all-reduce through shared memory, which would be compiled at first use for two minutes.
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", auto_mpi_discovery=False, verbose=False)
+
+
+def serve(settings: Mapping[str, Any]) -> None:
+    """Ray Train's per-worker function: take jobs from the mailbox until it is closed.
+
+    After a worker has died Ray Train starts all of them anew; they go on with the job that was not finished,
+    from its last checkpoint.
+    """
+    import ray
+    import ray.train
+    import torch.distributed as dist
+
+    mailbox = settings["mailbox"]
+    prepare_process(settings["gpu"], settings["cpus"])
+    # Costs seconds of imports: better while the driver is still busy elsewhere than in the first job.
+    import evolve.learn.engine  # noqa: F401
+
+    rank = ray.train.get_context().get_world_rank()
+    here = ray.get_runtime_context().current_actor
+    index = ray.get(mailbox.register.remote(rank, here, os.getpid()))
+    while True:
+        job = ray.get(mailbox.take.remote(index, _POLL_S))
+        if job == "closed":
+            return
+        if job == "wait":
+            continue
+
+        def report(metrics: Mapping[str, float], at: int = index) -> None:
+            mailbox.progress.remote(at, dict(metrics))
+
+        outcome: TrainResult | LearningError
+        try:
+            outcome = run_job(job, report)
+        except LearningError as error:
+            # Every worker finds the same fault in the same rows; the group is sound and goes on.
+            outcome = error
+        else:
+            ray.train.report({"job": index, **outcome.metrics})
+        gc.collect()
+        dist.barrier()
+        if rank == 0:
+            ray.get(mailbox.finish.remote(index, outcome))
+        index += 1
+
+
+def run_job(job: TrainJob, report: Report) -> TrainResult:
+    """Train and publish one checkpoint; called by all workers at once. Finished jobs are only looked up."""
+
+    done = _first_says(lambda: _prepare(job))
+    if done is not None:
+        return done
+    training = Training(job, report)
+    try:
+        return training.run()
+    finally:
+        training.release()
+
+
+def _prepare(job: TrainJob) -> TrainResult | None:
+    """The result of this very job, when it was published before; else make its working directory."""
+    file = Path(job.output) / RESULT_FILE
+    if Path(job.output).exists():
+        if not file.is_file() or (known := json.loads(file.read_text()))["job"] != job.digest():
+            raise LearningError(
+                f"{job.output} exists and is not the result of this training: move it away, or choose another output"
+            )
+        return TrainResult(job.kind, job.output, known["metrics"])
+    if not (Path(job.initial) / "config.json").is_file():
+        raise LearningError(f"{job.initial} is no checkpoint directory: it has no config.json")
+    job.partial.mkdir(parents=True, exist_ok=True)
+    return None
+
+
+def _first_says(question: Callable[[], T]) -> T:
+    """What the first worker answers, on every worker; or the `LearningError` it raises.
+
+    For what the file system says, which may not look the same from every node at once.
+    """
+    import torch.distributed as dist
+
+    box: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            box = [question()]
+        except LearningError as error:
+            box = [error]
+    dist.broadcast_object_list(box, src=0)
+    if isinstance(box[0], LearningError):
+        raise box[0]
+    return box[0]
+
+
+class Training:
+    """One job in the making, on one worker."""
+
+    def __init__(self, job: TrainJob, report: Report) -> None:
+        import torch
+        import torch.distributed as dist
+
+        from evolve.learn import engine
+        from evolve.learn.ppm import PPMObjective
+        from evolve.learn.sft import SFTObjective
+
+        self.job, self.config, self.report = job, job.config, report
+        self.rank, self.workers = dist.get_rank(), dist.get_world_size()
+        self.started = time.monotonic()
+        initial = Path(job.initial)
+        ppm = job.config if isinstance(job.config, PPMConfig) else None
+
+        model_config = json.loads((initial / "config.json").read_text())
+        self.data, self.validation = load_data(job, int(model_config.get("hidden_size", 1024)))
+        self.plan = plan_steps(self.data.sizes, job.config.batch, job.config.epochs, job.seed)
+        torch.manual_seed(job.seed)
+        self.model = engine.load_model(initial, job.config, classifier=ppm is not None and ppm.form is ScoreForm.head)
+        self.pad_id = self._padding()
+        objective = SFTObjective(self.model) if ppm is None else PPMObjective(self.model, ppm.form, ppm.beta)
+        self.engine = engine.start(objective, job.config)
+        self.device = engine.device()
+        self.digest = f"{job.digest()} {self.workers} {len(self.plan)} {int(self.data.lengths.sum())}"
+
+    def _padding(self) -> int:
+        """The id that fills rows. A classifier's must be known to whoever loads it, and end no step."""
+        known = self.model.config.pad_token_id
+        if not isinstance(self.config, PPMConfig) or self.config.form is not ScoreForm.head:
+            return 0
+        if known is None:
+            raise LearningError(
+                f"{self.job.initial}: a PPM with a scalar head needs `pad_token_id` in config.json, to find the "
+                "last token of a padded sequence; set it to a token that ends no step"
+            )
+        if isinstance(self.data, Pairs) and self.data.ends_with(known):
+            raise LearningError(
+                f"{self.job.rows[0]}: a step ends with the padding token {known}, so that its last token would "
+                "not be found; choose another `pad_token_id`"
+            )
+        return known
+
+    def run(self) -> TrainResult:
+        """Train to the end from wherever a checkpoint left it, and publish."""
+        from evolve.learn import engine as ds
+
+        resumed, complaint = _first_says(lambda: ds.find_checkpoint(self.job.partial, self.digest))
+        if complaint and self.rank == 0:
+            log.warning(complaint)
+        before = self._evaluate() if not resumed else {}
+        history: list[float] = []
+        tokens = 0
+        if resumed:
+            ds.load_checkpoint(self.engine, self.job.partial, resumed)
+            kept = json.loads((self.job.partial / f"checkpoint-{resumed}" / "history.json").read_text())
+            history, tokens, before = kept["history"], kept["tokens"], kept["before"]
+        last: dict[str, float] = {}
+        told = 0.0
+        for step in range(resumed, len(self.plan)):
+            last = self._step(step)
+            history.append(last["loss"])
+            tokens += int(last["tokens"])
+            if self.rank == 0:
+                self._append(last)
+                if time.monotonic() - told > _PROGRESS_S:
+                    told = time.monotonic()
+                    self.report(last)
+            if (step + 1) % self.config.checkpoint_steps == 0 and step + 1 < len(self.plan):
+                extra = {"history": history, "tokens": tokens, "before": before}
+                ds.save_checkpoint(self.engine, self.job.partial, step + 1, self.digest, extra)
+        seconds = time.monotonic() - self.started
+        tail = history[-max(1, round(len(history) / self.config.epochs)) :]
+        metrics = {
+            "loss": float(np.mean(tail)),
+            "first_loss": history[0],
+            "steps": len(self.plan),
+            "items": len(self.data.lengths),
+            "tokens": tokens,
+            "seconds": seconds,
+            "tokens_per_second": tokens / seconds,
+            "overlong": self.data.overlong,
+            "unsupervised": self.data.unsupervised,
+            "resumed_from": resumed,
+        }
+        if isinstance(self.data, Pairs):
+            after = self._evaluate()
+            metrics |= {"pairs": self.data.pairs, "pair_accuracy_train": last.get("accuracy", 0.0)} | after
+            if before:
+                metrics["pair_accuracy_before"] = before["pair_accuracy"]
+        else:
+            metrics["token_accuracy"] = last.get("accuracy", 0.0)
+        return self._publish(metrics)
+
+    def _step(self, step: int) -> dict[str, float]:
+        """One optimiser step over all workers. Its loss is a mean over the whole batch, however it is dealt."""
+        import torch
+        import torch.distributed as dist
+
+        from evolve.learn import engine as ds
+
+        items = self.plan[step].tolist()
+        weight = float(self.data.weights[items].sum())
+        if weight <= 0:
+            raise LearningError(f"step {step} of {self.job.output} supervises nothing")
+        rate = ds.learning_rate(self.config, step, len(self.plan))
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = rate
+        torch.manual_seed(self.job.seed + step)
+        begin = time.monotonic()
+        batches = worker_batches(items, self.data.lengths, self.config.rows_tokens, self.workers, self.rank)
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self.engine.train()
+        for number, batch in enumerate(batches):
+            loss, right = self._forward(self.data, batch)
+            self.engine.set_gradient_accumulation_boundary(number == len(batches) - 1)
+            # The engine averages over workers; the factor turns that into the sum that `weight` divides.
+            self.engine.backward(loss * (self.workers / weight))
+            self.engine.step()
+            total += torch.stack([loss.detach().double(), right.double()])
+        dist.all_reduce(total)
+        if not torch.isfinite(total[0]):
+            raise LearningError(
+                f"the loss of step {step} of {self.job.output} is not finite; lower `learning_rate` "
+                f"({self.config.learning_rate})"
+            )
+        units = weight if isinstance(self.data, Completions) else float(self.data.sizes[items].sum())
+        tokens = int(self.data.lengths[items].sum())
+        norm = self.engine.get_global_grad_norm()
+        return {
+            "step": step + 1,
+            "steps": len(self.plan),
+            "loss": float(total[0]) / weight,
+            "accuracy": float(total[1]) / units,
+            "grad_norm": float(norm) if norm is not None else 0.0,
+            "learning_rate": rate,
+            "tokens": tokens,
+            "tokens_per_second": tokens / (time.monotonic() - begin),
+            "elapsed_s": time.monotonic() - self.started,
+        }
+
+    def _forward(self, data: Data, batch: MicroBatch) -> tuple[Any, Any]:
+        import torch
+
+        arrays = data.collate(batch, self.pad_id)
+        tensors = {
+            f.name: torch.from_numpy(getattr(arrays, f.name)).to(self.device, non_blocking=True) for f in fields(arrays)
+        }
+        return self.engine(**tensors)
+
+    def _evaluate(self) -> dict[str, float]:
+        """Pair accuracy and loss on the held-out problems; empty where there are none."""
+        import torch
+        import torch.distributed as dist
+
+        data = self.validation
+        if data is None or not len(data.lengths):
+            return {}
+        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        self.engine.eval()
+        items = list(range(len(data.lengths)))
+        with torch.no_grad():
+            for batch in worker_batches(items, data.lengths, self.config.rows_tokens, self.workers, self.rank):
+                loss, right = self._forward(data, batch)
+                total += torch.stack([loss.double(), right.double()])
+        dist.all_reduce(total)
+        return {
+            "validation_pairs": data.pairs,
+            "validation_loss": float(total[0]) / float(data.weights.sum()),
+            "pair_accuracy": float(total[1]) / data.pairs,
+        }
+
+    def _append(self, metrics: Mapping[str, float]) -> None:
+        if self.job.metrics is not None:
+            path = Path(self.job.metrics)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with path.open("a") as file:
+                file.write(json.dumps({"kind": self.job.kind, **metrics}) + "\n")
+
+    def _publish(self, metrics: dict[str, float]) -> TrainResult:
+        import torch.distributed as dist
+
+        from evolve.learn import engine as ds
+
+        weights = ds.consolidated(self.engine, self.model)
+        if self.rank == 0:
+            aside = self.job.partial / "model"
+            ds.write_model(self.model, weights, Path(self.job.initial), aside)
+            record = {"job": self.job.digest(), "metrics": metrics, "settings": asdict(self.job)}
+            (aside / RESULT_FILE).write_text(json.dumps(record, indent=1, default=str))
+            ds.publish(aside, Path(self.job.output))
+            shutil.rmtree(self.job.partial)
+        dist.barrier()
+        return TrainResult(self.job.kind, self.job.output, metrics)
+
+    def release(self) -> None:
+        """Free the engine, so that the next job has the memory."""
+        self.engine.destroy()
+        del self.engine, self.model
+
+
+def load_data(job: TrainJob, hidden_size: int) -> tuple[Data, Pairs | None]:
+    """Training items and, for a PPM, validation items: pairs of problems that training never sees."""
+    table = rows.read(job.rows)
+    config = job.config
+    if not isinstance(config, PPMConfig):
+        return Completions(table, config.max_length), None
+    held = {name: held_out(name, config.validation_share) for name in table.column("problem_id").unique().to_pylist()}
+    mask = pa.array([held[name] for name in table.column("problem_id").to_pylist()], type=pa.bool_())
+
+    def pairs(part: pa.Table) -> Pairs:
+        return Pairs(
+            part,
+            max_length=config.max_length,
+            break_even=_ATTENTION_BREAK_EVEN * hidden_size,
+            budget=config.rows_tokens,
+            batch=config.batch,
+        )
+
+    return pairs(table.filter(pc.invert(mask))), pairs(table.filter(mask))
