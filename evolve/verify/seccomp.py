@@ -1,0 +1,64 @@
+"""The system calls a sandboxed interpreter may make, compiled to a BPF program.
+
+Everything not listed fails with EPERM. `fork` (glibc's `clone` with exactly its flags) is reported to the
+supervisor, which lets the forks it has commanded through and refuses all others.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+
+FORK_FLAGS = 0x1200011
+"""CLONE_CHILD_SETTID | CLONE_CHILD_CLEARTID | SIGCHLD: what glibc's fork() passes to clone."""
+
+ALLOWED = """
+read write readv writev pread64 close fstat stat lstat newfstatat statx lseek mmap mprotect munmap mremap
+madvise brk rt_sigaction rt_sigprocmask rt_sigreturn sigaltstack openat open readlink readlinkat access
+faccessat faccessat2 getcwd chdir getdents64 dup dup2 dup3 fcntl pipe pipe2 poll ppoll select pselect6
+epoll_create1 epoll_ctl epoll_wait epoll_pwait eventfd2 futex set_robust_list get_robust_list rseq
+set_tid_address getpid getppid gettid getuid geteuid getgid getegid getresuid getresgid getgroups getpgrp
+getpgid getsid gettimeofday time clock_gettime clock_getres clock_nanosleep nanosleep getrandom uname sysinfo
+getrusage times getrlimit sched_getaffinity sched_yield getcpu exit exit_group wait4 waitid alarm setitimer
+getitimer timer_create timer_settime timer_delete pause rt_sigtimedwait rt_sigsuspend restart_syscall
+arch_prctl sendmsg sendto recvmsg recvfrom getsockopt getsockname fadvise64 statfs fstatfs umask membarrier
+""".split()
+
+IOCTLS = (0x5401, 0x541B, 0x5451)
+"""TCGETS, FIONREAD, FIOCLEX."""
+
+PR_SET_NAME = 15
+
+
+def compile_filter() -> bytes:
+    """The filter as an array of `struct sock_filter`, for this machine's architecture.
+
+    Raises:
+        RuntimeError: libseccomp is missing or too old.
+    """
+    import pyseccomp as seccomp
+
+    rules = seccomp.SyscallFilter(seccomp.ERRNO(errno.EPERM))
+    arch = seccomp.system_arch()
+    for name in ALLOWED:
+        if seccomp.resolve_syscall(arch, name) >= 0:
+            rules.add_rule(seccomp.ALLOW, name)
+    for request in IOCTLS:
+        rules.add_rule(seccomp.ALLOW, "ioctl", seccomp.Arg(1, seccomp.EQ, request))
+    rules.add_rule(seccomp.ALLOW, "prlimit64", seccomp.Arg(0, seccomp.EQ, 0))
+    rules.add_rule(seccomp.ALLOW, "prctl", seccomp.Arg(0, seccomp.EQ, PR_SET_NAME))
+    rules.add_rule(seccomp.NOTIFY, "clone", seccomp.Arg(0, seccomp.EQ, FORK_FLAGS))
+    # ENOSYS, not EPERM: glibc then falls back to clone, whose flags can be checked.
+    rules.add_rule(seccomp.ERRNO(errno.ENOSYS), "clone3")
+    fd = os.memfd_create("seccomp", os.MFD_CLOEXEC)
+    with os.fdopen(fd, "w+b") as file:
+        rules.export_bpf(file)
+        file.seek(0)
+        return file.read()
+
+
+def seccomp_syscall_number() -> int:
+    """The number of the seccomp system call itself."""
+    import pyseccomp as seccomp
+
+    return int(seccomp.resolve_syscall(seccomp.system_arch(), "seccomp"))

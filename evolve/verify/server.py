@@ -1,0 +1,253 @@
+"""One interpreter server (zygote) as its supervisor sees it: start, handshake, fork gate, death."""
+
+from __future__ import annotations
+
+import array
+import errno
+import fcntl
+import json
+import os
+import signal
+import socket
+import struct
+import subprocess
+from dataclasses import dataclass, field
+from enum import Enum
+from pathlib import Path
+
+from evolve.verify import layers
+from evolve.verify.layers import Layers
+from evolve.verify.seccomp import compile_filter, seccomp_syscall_number
+
+FRAME = 1 << 18
+"""Longest packet on a channel, bytes."""
+
+STRIKES = 10
+"""Refused forks after which a process is killed."""
+
+_CREDENTIALS = struct.Struct("3i")
+_ANCILLARY = socket.CMSG_SPACE(_CREDENTIALS.size) + socket.CMSG_SPACE(4)
+_buffer = bytearray(FRAME)
+_view = memoryview(_buffer)
+
+_NOTIF_RECV, _NOTIF_SEND = 0xC0502100, 0xC0182101
+_NOTIF_HEAD, _NOTIF_RESPONSE = struct.Struct("QI"), struct.Struct("QqiI")
+_NOTIF_CONTINUE = 1
+
+
+class ProtocolError(Exception):
+    """A packet that nothing honest sends."""
+
+
+def receive(channel: socket.socket) -> tuple[bytes, int, list[int]]:
+    """One packet, the process id the kernel attests for its sender, and descriptors that came with it.
+
+    Empty bytes: the other end is closed.
+
+    Raises:
+        BlockingIOError: nothing is there.
+        ProtocolError: the packet is too long.
+    """
+    size, ancillary, flags, _ = channel.recvmsg_into([_view], _ANCILLARY)
+    pid, descriptors = 0, []
+    for level, kind, data in ancillary:
+        if level != socket.SOL_SOCKET:
+            continue
+        if kind == socket.SCM_CREDENTIALS:
+            pid = _CREDENTIALS.unpack(data[: _CREDENTIALS.size])[0]
+        elif kind == socket.SCM_RIGHTS:
+            received = array.array("i")
+            received.frombytes(data[: len(data) - len(data) % 4])
+            descriptors += list(received)
+    if flags & socket.MSG_TRUNC:
+        for descriptor in descriptors:
+            os.close(descriptor)
+        raise ProtocolError("a packet was longer than the limit")
+    return bytes(_view[:size]), pid, descriptors
+
+
+def make_channel() -> tuple[socket.socket, socket.socket]:
+    """A socket pair whose first end is non-blocking and is told who sent each packet."""
+    ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    ours.setblocking(False)
+    ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
+    return ours, theirs
+
+
+class ServerState(Enum):
+    """How far a server is on its way."""
+
+    WARMING = 1
+    LOCKING = 2
+    READY = 3
+    DEAD = 4
+
+
+@dataclass
+class ServerSettings:
+    """What all servers of a supervisor have in common."""
+
+    layers: Layers
+    memory_mb: int
+    cpu_s: int
+    """Backstop in the kernel, seconds of CPU of one process; above every limit that is enforced from outside."""
+    output_bytes: int
+
+
+@dataclass
+class Server:
+    """A zygote in its sandbox. `channel` and `listener` are to be polled by the owner."""
+
+    kind: str
+    settings: ServerSettings
+    state: ServerState = ServerState.DEAD
+    pid: int = 0
+    channel: socket.socket | None = None
+    listener: int = -1
+    permits: dict[int, int] = field(default_factory=dict)
+    """Forks commanded and not yet made, by process id."""
+    strikes: dict[int, int] = field(default_factory=dict)
+    process: subprocess.Popen[bytes] | None = None
+    failures: int = 0
+    """Starts in a row that did not end in READY."""
+    log: int = -1
+
+    def start(self) -> socket.socket:
+        """Execute the sandbox; the channel to poll."""
+        self.channel, theirs = make_channel()
+        # A pipe, since RLIMIT_FSIZE forbids the sandbox any file.
+        self.log, log = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        command = layers.command(self.settings.layers, self.kind, theirs.fileno(), self.settings.memory_mb)
+        self.process = subprocess.Popen(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=log,
+            stderr=log,
+            pass_fds=[theirs.fileno()],
+            env=layers.ENVIRONMENT,
+            cwd="/",
+        )
+        theirs.close()
+        os.close(log)
+        self.state = ServerState.WARMING
+        return self.channel
+
+    def advance(self) -> bool:
+        """Take the next step of the handshake, now that the channel is readable; True once READY.
+
+        Raises:
+            ProtocolError: the zygote said something else, or is gone.
+        """
+        assert self.channel is not None
+        packet, pid, descriptors = receive(self.channel)
+        if self.state is ServerState.WARMING and packet == b"W":
+            self.pid = pid
+            confined = self.settings.layers.seccomp
+            message = {
+                "ranges": _heap_ranges(pid),
+                "seccomp": confined,
+                "seccomp_nr": seccomp_syscall_number(),
+                "output_bytes": self.settings.output_bytes,
+                "cpu_s": self.settings.cpu_s,
+            }
+            self.channel.send(json.dumps(message).encode())
+            if confined:
+                self.channel.send(compile_filter())
+            self.state = ServerState.LOCKING
+            return False
+        if self.state is ServerState.LOCKING and packet == b"R" and pid == self.pid:
+            if self.settings.layers.seccomp:
+                if len(descriptors) != 1:
+                    raise ProtocolError("the interpreter server sent no seccomp listener")
+                self.listener = descriptors[0]
+                os.set_blocking(self.listener, False)
+            self.state = ServerState.READY
+            self.failures = 0
+            return True
+        raise ProtocolError(f"the interpreter server ended while {self.state.name.lower()}: {self.tail()}")
+
+    def permit(self, pid: int) -> None:
+        """Let process `pid` fork once."""
+        self.permits[pid] = self.permits.get(pid, 0) + 1
+
+    def answer_fork(self) -> int:
+        """Answer one notification: a commanded fork proceeds, any other fails with EPERM.
+
+        Returns the id of a process to be killed for insisting, else 0.
+        """
+        request = bytearray(80)
+        try:
+            fcntl.ioctl(self.listener, _NOTIF_RECV, request)
+        except OSError as error:
+            if error.errno in (errno.ENOENT, errno.EAGAIN, errno.EINTR):
+                return 0
+            raise
+        notification, pid = _NOTIF_HEAD.unpack_from(request)
+        permitted = self.permits.get(pid, 0)
+        if permitted:
+            response = _NOTIF_RESPONSE.pack(notification, 0, 0, _NOTIF_CONTINUE)
+        else:
+            response = _NOTIF_RESPONSE.pack(notification, 0, -errno.EPERM, 0)
+        try:
+            fcntl.ioctl(self.listener, _NOTIF_SEND, bytearray(response))
+        except OSError as error:
+            if error.errno == errno.ENOENT:  # The process was interrupted or died: it is not forking now.
+                return 0
+            raise
+        if permitted:
+            if permitted == 1:
+                del self.permits[pid]
+            else:
+                self.permits[pid] = permitted - 1
+            return 0
+        self.strikes[pid] = self.strikes.get(pid, 0) + 1
+        return pid if self.strikes[pid] >= STRIKES else 0
+
+    def forget(self, pid: int) -> None:
+        """Process `pid` is gone."""
+        self.permits.pop(pid, None)
+        self.strikes.pop(pid, None)
+
+    def tail(self) -> str:
+        """The last lines the sandbox wrote before it locked itself down."""
+        try:
+            return os.read(self.log, 1 << 16)[-1000:].decode("utf-8", "replace").strip()
+        except BlockingIOError:
+            return ""
+
+    def kill(self) -> None:
+        """End the sandbox and all that runs in it."""
+        self.state = ServerState.DEAD
+        if self.process is not None:
+            if self.pid and self.settings.layers.bwrap is None:
+                # Without a pid namespace nothing falls with the first process; the owner kills the nodes.
+                os.kill(self.pid, signal.SIGKILL)
+            self.process.kill()
+            self.process.wait()
+            self.process = None
+        if self.channel is not None:
+            self.channel.close()
+            self.channel = None
+        for name in ("listener", "log"):
+            if getattr(self, name) >= 0:
+                os.close(getattr(self, name))
+                setattr(self, name, -1)
+        self.pid = 0
+        self.permits.clear()
+        self.strikes.clear()
+
+
+def _heap_ranges(pid: int) -> list[tuple[int, int]]:
+    """Writable anonymous mappings of `pid`, whose pages are worth collapsing; none where not readable."""
+    ranges = []
+    try:
+        text = Path(f"/proc/{pid}/maps").read_text()
+    except PermissionError:
+        return []
+    for line in text.splitlines():
+        parts = line.split()
+        if parts[1] == "rw-p" and (len(parts) == 5 or parts[5] == "[heap]"):
+            start, end = (int(value, 16) for value in parts[0].split("-"))
+            if end - start >= 1 << 21:
+                ranges.append((start, end))
+    return ranges

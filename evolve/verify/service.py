@@ -1,0 +1,454 @@
+"""The verifier: executes steps in sandboxed supervisors and grades answers. A plain async class that also
+runs as a Ray actor: `ray.remote(SandboxVerifier).remote(config)`.
+
+It holds the gold answers and is never forked from; supervisors are executed afresh, see no gold answer
+of a problem whose code they run, and end when this process does.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import os
+import re
+import socket
+import struct
+import subprocess
+import sys
+import warnings
+import zlib
+from collections import Counter, OrderedDict
+from collections.abc import Sequence
+from dataclasses import asdict, replace
+from functools import lru_cache
+from hashlib import blake2b
+from pathlib import Path
+from typing import Any
+
+from evolve.schema import VerifierConfig
+from evolve.types import Outcome, Problem, Status, Verdict
+from evolve.verify import grading
+from evolve.verify.layers import ENVIRONMENT, Layers, detect
+
+CODE_BYTES = 128 * 1024
+"""Longest step that is run, bytes of UTF-8; what fits one packet."""
+
+OUTPUT_BYTES_MOST = 24 * 1024
+"""Largest `output_bytes`: JSON may take six bytes for one, and a result must fit one packet."""
+
+SLOTS = 4
+"""Steps a supervisor runs at once, so that one that sleeps does not hold up the others."""
+
+ATTEMPTS = 3
+"""Supervisors a request may lose before it counts as a failure of the sandbox."""
+
+CACHED = 1 << 16
+"""Verdicts and output digests remembered."""
+
+_LIGHT = frozenset(
+    "abc bisect builtins cmath collections copy enum functools heapq io itertools math numbers operator re"
+    " string sys time typing".split()
+)
+_IMPORT = re.compile(r"^[ \t]*(?:from[ \t]+([\w.]+)[ \t]+import\b|import[ \t]+([\w. \t,]+))", re.MULTILINE)
+
+
+def validate(config: VerifierConfig) -> None:
+    """Refuse limits that make no sense.
+
+    Raises:
+        ValueError: names the key.
+    """
+    rules: list[tuple[str, bool, str]] = [
+        ("supervisors", config.supervisors is None or 1 <= config.supervisors <= 1024, "from 1 to 1024"),
+        ("cpu_s", 0 < config.cpu_s <= 3600, "more than 0 and at most 3600 seconds"),
+        ("wall_s", config.cpu_s <= config.wall_s <= 86400, "at least verifier.cpu_s and at most a day"),
+        ("memory_mb", 256 <= config.memory_mb <= 1 << 20, "at least 256: sympy alone needs that"),
+        ("output_bytes", 1 <= config.output_bytes <= OUTPUT_BYTES_MOST, f"from 1 to {OUTPUT_BYTES_MOST}"),
+        ("snapshot_mb", config.snapshot_mb >= 16, "at least 16"),
+        ("grade_timeout_s", 0 < config.grade_timeout_s <= 3600, "more than 0 and at most 3600 seconds"),
+        ("queue", config.queue >= 1, "at least 1"),
+        ("max_infrastructure_failures", 0 <= config.max_infrastructure_failures <= 1, "from 0 to 1"),
+    ]
+    for key, holds, must in rules:
+        if not holds:
+            raise ValueError(f"verifier.{key} is {getattr(config, key)!r}; it must be {must}")
+
+
+@lru_cache(maxsize=1 << 14)
+def needs_full(code: str) -> bool:
+    """Whether `code` imports, or may import, something a light interpreter has not loaded cheaply."""
+    found = 0
+    for match in _IMPORT.finditer(code):
+        found += 1
+        names = [match[1]] if match[1] else [part.split()[0] for part in match[2].split(",") if part.strip()]
+        if any(name.partition(".")[0] not in _LIGHT for name in names):
+            return True
+    return code.count("import") != found
+
+
+def prefix_keys(problem_id: str, kind: str, codes: Sequence[str]) -> list[str]:
+    """The name of the interpreter state after each code of `codes`."""
+    state = blake2b(f"{kind}\0{problem_id}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
+    keys = []
+    for code in codes:
+        state = blake2b(state + code.encode("utf-8", "surrogatepass"), digest_size=16).digest()
+        keys.append(state.hex())
+    return keys
+
+
+class _Link(asyncio.Protocol):
+    """The connection to one supervisor process: frames out, frames in, and the requests it holds."""
+
+    def __init__(self, owner: SandboxVerifier, index: int) -> None:
+        self.owner, self.index = owner, index
+        self.held: dict[int, tuple[asyncio.Future[dict[str, Any]], bytes, int]] = {}
+        self.received = bytearray()
+        self.transport: asyncio.Transport | None = None
+        self.process: subprocess.Popen[bytes] | None = None
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        assert isinstance(transport, asyncio.Transport)
+        self.transport = transport
+
+    def data_received(self, data: bytes) -> None:
+        self.received += data
+        start = 0
+        while len(self.received) - start >= 4:
+            (size,) = struct.unpack_from(">I", self.received, start)
+            if len(self.received) - start < 4 + size:
+                break
+            body = json.loads(self.received[start + 4 : start + 4 + size])
+            start += 4 + size
+            future, _, _ = self.held.pop(body["i"])
+            if not future.done():
+                future.set_result(body)
+        del self.received[:start]
+
+    def connection_lost(self, exc: Exception | None) -> None:
+        self.owner._supervisor_died(self)
+
+    def send(self, number: int, packet: bytes, future: asyncio.Future[dict[str, Any]], attempts: int) -> None:
+        self.held[number] = (future, packet, attempts)
+        if self.transport is not None:
+            self.transport.write(packet)
+
+
+class SandboxVerifier:
+    """Executes steps and grades answers (the `Verifier` Protocol).
+
+    Raises (from `start`, or the first request):
+        SandboxUnavailable: a required isolation layer is missing on this machine.
+    """
+
+    def __init__(self, config: VerifierConfig, layers: Layers | None = None) -> None:
+        """`layers`: what to isolate with; None: the strongest this machine has."""
+        validate(config)
+        self.config = config
+        self.layers = layers
+        self._links: list[_Link] = []
+        self._closed = False
+        self._starting: asyncio.Lock | None = None
+        self._room = asyncio.Semaphore(config.queue)
+        self._number = 0
+        self._counts: Counter[str] = Counter()
+        self._verdicts: OrderedDict[str, Verdict] = OrderedDict()
+        self._digests: OrderedDict[str, str] = OrderedDict()
+        self._running: dict[str, asyncio.Future[Verdict]] = {}
+        self._cpu_s = self._wall_s = 0.0
+
+    # ------------------------------------------------------------------ life
+
+    @property
+    def tier(self) -> str:
+        """The isolation layers that are active, for the run's record."""
+        return "not started" if self.layers is None else self.layers.tier
+
+    async def describe(self) -> dict[str, Any]:
+        """`tier`, and `missing`: what this machine lacks and how to add it."""
+        await self.start()
+        assert self.layers is not None
+        return {
+            "tier": self.layers.tier,
+            "missing": list(self.layers.missing),
+            "supervisors": len(self._links),
+        }
+
+    async def start(self) -> None:
+        """Start the supervisors; done by the first request otherwise. Interpreters start when needed."""
+        if self._links:
+            return
+        if self._closed:
+            raise RuntimeError("this verifier was closed")
+        if self._starting is None:
+            self._starting = asyncio.Lock()
+        async with self._starting:
+            if self._links:
+                return
+            if self.layers is None:
+                self.layers = await asyncio.to_thread(detect)
+                for lack in self.layers.missing:
+                    warnings.warn(f"the sandbox lacks a layer: {lack}", RuntimeWarning, stacklevel=2)
+            count = self.config.supervisors or len(os.sched_getaffinity(0))
+            links = [_Link(self, index) for index in range(count)]
+            for link in links:
+                await self._launch(link)
+            self._links = links
+
+    async def _launch(self, link: _Link) -> None:
+        """Execute a supervisor process and connect to it."""
+        assert self.layers is not None
+        ours, theirs = socket.socketpair()
+        settings = {
+            "layers": asdict(self.layers),
+            "memory_mb": self.config.memory_mb,
+            "cpu_s": int(max(self.config.cpu_s, self.config.grade_timeout_s)) + 2,
+            "output_bytes": self.config.output_bytes,
+            "snapshot_mb": self.config.snapshot_mb,
+            "slots": SLOTS,
+        }
+        boot = (
+            f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r});"
+            "from evolve.verify.supervisor import main; main()"
+        )
+        link.process = subprocess.Popen(
+            [sys.executable, "-P", "-c", boot, str(theirs.fileno()), json.dumps(settings)],
+            stdin=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+            env=ENVIRONMENT,
+            start_new_session=True,
+        )
+        theirs.close()
+        ours.setblocking(False)
+        await asyncio.get_running_loop().create_connection(lambda: link, sock=ours)
+
+    def _supervisor_died(self, link: _Link) -> None:
+        """Start another in its place, which gets the requests that were held."""
+        link.transport = None
+        if link.process is not None:
+            link.process.kill()
+            link.process.wait()
+        if self._closed:
+            for future, _, _ in link.held.values():
+                if not future.done():
+                    future.set_exception(RuntimeError("the verifier was closed"))
+            link.held.clear()
+            return
+        self._counts["supervisor_restarts"] += 1
+        held, link.held = link.held, {}
+        link.received.clear()
+        for number, (future, packet, attempts) in held.items():
+            if attempts + 1 >= ATTEMPTS:
+                future.set_result({"s": "infrastructure", "m": "its supervisor died", "cpu": 0.0, "wall": 0.0})
+            else:
+                link.held[number] = (future, packet, attempts + 1)
+        task = asyncio.get_running_loop().create_task(self._relaunch(link))
+        link.relaunch = task  # type: ignore[attr-defined]
+
+    async def _relaunch(self, link: _Link) -> None:
+        await self._launch(link)
+        assert link.transport is not None
+        for _, packet, _ in list(link.held.values()):
+            link.transport.write(packet)
+
+    async def close(self) -> None:
+        """End all helper processes. Requests in flight fail with RuntimeError."""
+        self._closed = True
+        for link in self._links:
+            if link.transport is not None:
+                link.transport.abort()
+        for link in self._links:
+            if link.process is not None:
+                await asyncio.to_thread(link.process.wait)
+
+    # ------------------------------------------------------------------ requests
+
+    async def _request(self, problem_id: str, fields: dict[str, Any]) -> dict[str, Any]:
+        """Send one request to the problem's supervisor and wait for its response."""
+        await self.start()
+        link = self._links[zlib.crc32(problem_id.encode("utf-8", "surrogatepass")) % len(self._links)]
+        async with self._room:
+            self._number += 1
+            fields["i"] = self._number
+            body = json.dumps(fields, separators=(",", ":")).encode()
+            future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+            link.send(self._number, struct.pack(">I", len(body)) + body, future, 0)
+            return await future
+
+    async def check(self, problem: Problem, parent: tuple[str, ...], step: str) -> Verdict:
+        """Execute `step` in the interpreter state left by `parent`, the code of the steps before it.
+
+        The same step after the same prefix of the same problem is executed once: its verdict is
+        remembered, so that equal candidates share one state.
+        """
+        codes = (*parent, step)
+        refused = _refusal(codes)
+        if refused is not None:
+            self._counts["refused"] += 1
+            return refused
+        kind = "full" if any(map(needs_full, codes)) else "light"
+        keys = prefix_keys(problem.id, kind, codes)
+        key = keys[-1]
+        known = self._verdicts.get(key)
+        if known is not None:
+            self._verdicts.move_to_end(key)
+            self._counts["repeated"] += 1
+            return known
+        running = self._running.get(key)
+        if running is not None:
+            self._counts["repeated"] += 1
+            return await asyncio.shield(running)
+        self._running[key] = task = asyncio.ensure_future(self.execute(problem.id, codes, kind, keys))
+        try:
+            verdict = await asyncio.shield(task)
+        finally:
+            if task.done():
+                self._running.pop(key, None)
+            else:
+                task.add_done_callback(lambda _: self._running.pop(key, None))
+        if verdict.status in (Status.OK, Status.ERROR):
+            _remember(self._verdicts, key, verdict)
+        return verdict
+
+    async def execute(
+        self,
+        problem_id: str,
+        codes: tuple[str, ...],
+        kind: str,
+        keys: list[str],
+        cpu_s: float | None = None,
+        wall_s: float | None = None,
+    ) -> Verdict:
+        """Execute `codes[-1]` without looking whether it was executed before. `kind`: `light` or `full`."""
+        response = await self._request(
+            problem_id,
+            {
+                "o": "C",
+                "k": kind,
+                "c": codes,
+                "h": keys,
+                "cpu": cpu_s or self.config.cpu_s,
+                "wall": wall_s or self.config.wall_s,
+            },
+        )
+        verdict = Verdict(
+            status=Status(response["s"]),
+            stdout=response.get("o", ""),
+            truncated=response.get("t", False),
+            exception=response.get("e", ""),
+            message=response.get("m", ""),
+            line=response.get("l"),
+            cpu_s=response["cpu"],
+            wall_s=response["wall"],
+        )
+        replayed = response.get("d")
+        if replayed:
+            changed = any(self._digests.get(keys[i], found) != found for i, found in replayed)
+            verdict = replace(verdict, replayed=True, deterministic=not changed)
+            self._counts["nondeterministic"] += changed
+            for index, found in replayed:
+                if keys[index] not in self._digests:
+                    _remember(self._digests, keys[index], found)
+        self._counts[verdict.status] += 1
+        self._cpu_s += verdict.cpu_s
+        self._wall_s += verdict.wall_s
+        if verdict.status is Status.OK:
+            from evolve.verify.supervisor import digest
+
+            _remember(self._digests, keys[-1], digest(verdict.stdout))
+        return verdict
+
+    async def check_many(self, requests: Sequence[tuple[Problem, tuple[str, ...], str]]) -> list[Verdict]:
+        """`check` for each of many requests, at once; one call over the network for a Ray caller."""
+        return list(await asyncio.gather(*(self.check(*request) for request in requests)))
+
+    # ------------------------------------------------------------------ grading
+
+    async def grade(self, problem: Problem, answer: str) -> Outcome:
+        """Compare `answer` with the problem's gold alternatives; equal to any one is correct."""
+        self._counts["grades"] += 1
+        pairs = []
+        for gold in problem.answers:
+            equal = grading.quick_equiv(gold, answer)
+            if equal:
+                return Outcome.CORRECT
+            if equal is None:
+                pairs.append([gold, answer])
+        if not pairs:
+            return Outcome.WRONG
+        results = [await self._compare(problem.id, "G", [pair]) for pair in pairs]
+        if any(result == [1] for result in results):
+            return Outcome.CORRECT
+        for outcome in (Outcome.INFRASTRUCTURE, Outcome.TIMEOUT):
+            if any(result == outcome for result in results):
+                self._counts[f"grade_{outcome}"] += 1
+                return outcome
+        return Outcome.WRONG
+
+    async def grade_many(self, requests: Sequence[tuple[Problem, str]]) -> list[Outcome]:
+        """`grade` for each of many requests, at once."""
+        return list(await asyncio.gather(*(self.grade(*request) for request in requests)))
+
+    async def group(self, answers: Sequence[str]) -> list[int]:
+        """For each answer the index of the first answer equal to it."""
+        firsts: list[int] = []
+        result: list[int] = []
+        for index, answer in enumerate(answers):
+            found = index
+            for first in firsts:
+                equal = grading.quick_equiv(answers[first], answer)
+                if equal is None:
+                    compared = await self._compare("", "G", [[answers[first], answer]])
+                    equal = compared == [1]
+                if equal:
+                    found = first
+                    break
+            if found == index:
+                firsts.append(index)
+            result.append(found)
+        return result
+
+    async def _compare(self, problem_id: str, verb: str, data: list[Any]) -> list[int] | Outcome:
+        """Have a killable child compare `data`; its integers, or what went wrong."""
+        limit = self.config.grade_timeout_s
+        response = await self._request(
+            problem_id,
+            {
+                "o": verb,
+                "k": "grade",
+                "c": [json.dumps(data)],
+                "h": [""],
+                "cpu": limit,
+                "wall": 4 * limit,
+            },
+        )
+        if response["s"] == "ok":
+            return [int(value) for value in response["g"]]
+        return Outcome.INFRASTRUCTURE if response["s"] == "infrastructure" else Outcome.TIMEOUT
+
+    async def stats(self) -> dict[str, float]:
+        """Counters since the start, and gauges summed over the supervisors."""
+        total: Counter[str] = Counter()
+        for link in self._links:
+            if link.transport is None:
+                continue
+            self._number += 1
+            body = json.dumps({"o": "S", "i": self._number}).encode()
+            future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+            link.send(self._number, struct.pack(">I", len(body)) + body, future, 0)
+            total.update((await future).get("stats", {}))
+        total.update({name: value for name, value in self._counts.items() if name not in total})
+        return {**total, "cpu_s": self._cpu_s, "wall_s": self._wall_s}
+
+
+def _remember(cache: OrderedDict[str, Any], key: str, value: Any) -> None:
+    cache[key] = value
+    if len(cache) > CACHED:
+        cache.popitem(last=False)
+
+
+def _refusal(codes: Sequence[str]) -> Verdict | None:
+    """Why `codes` are not run at all, if they are not."""
+    for code in codes:
+        if len(code) > CODE_BYTES or len(code.encode("utf-8", "surrogatepass")) > CODE_BYTES:
+            return Verdict(Status.REFUSED, message=f"a step is longer than {CODE_BYTES} bytes")
+    return None

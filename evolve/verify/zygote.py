@@ -1,0 +1,315 @@
+"""What runs inside the sandbox: an interpreter server that forks one process per tree node.
+
+The file is executed by path in a fresh interpreter and imports nothing of this package except, in a
+grading server, `grading` beside it. A *zygote* is imported and warmed up, locks itself down, and then
+serves its channel; every command makes it fork, and the child runs the command's code, reports, and
+serves its own channel in turn, so that each node can be forked again.
+
+Channels are AF_UNIX SEQPACKET sockets. Command packet: b"C" + code, or b"G" + JSON pairs to grade, or
+b"P" + JSON answers to group; it carries the child's channel as SCM_RIGHTS. Replies: b"H" (greeting), then
+one b"R" + JSON result. Nothing said here is believed further than as a claim about this node.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+LIGHT = ("abc", "collections", "copy", "enum", "functools", "io", "itertools", "numbers", "operator", "re")
+"""Modules a light interpreter has loaded: those that map no extension module, since every mapping
+makes each fork dearer."""
+
+FULL = (
+    *LIGHT,
+    *("array", "bisect", "calendar", "cmath", "contextlib", "csv", "dataclasses", "datetime", "decimal"),
+    *("fractions", "heapq", "json", "math", "random", "secrets", "statistics", "string", "textwrap"),
+    *("time", "types", "typing", "unicodedata"),
+    *("numpy", "mpmath", "sympy"),
+)
+
+MESSAGE_CHARS = 2000
+"""Longest exception message that is reported."""
+
+# Called after untrusted code, which may have replaced them where they live.
+_exit, _fork = os._exit, os.fork
+_settrace, _setprofile, _setrecursionlimit = sys.settrace, sys.setprofile, sys.setrecursionlimit
+_type_name = type.__dict__["__name__"].__get__
+
+
+def quote(text: str) -> str:
+    """`text` as a JSON string in ASCII; lone surrogates become escapes, so that it cannot fail."""
+    if text.isascii() and text.isprintable() and '"' not in text and "\\" not in text:
+        return '"' + text + '"'
+    out = []
+    for char in text:
+        point = ord(char)
+        if char == "\n":
+            out.append("\\n")
+        elif char in '"\\':
+            out.append("\\" + char)
+        elif 32 <= point < 127:
+            out.append(char)
+        elif point < 0x10000:
+            out.append(f"\\u{point:04x}")
+        else:
+            point -= 0x10000
+            out.append(f"\\u{0xD800 + (point >> 10):04x}\\u{0xDC00 + (point & 0x3FF):04x}")
+    return '"' + "".join(out) + '"'
+
+
+def make_capture(cap: int):
+    """A text stream that keeps the first `cap` bytes (UTF-8) written since its last `take`."""
+    import io
+
+    class Capture(io.TextIOBase):
+        encoding = "utf-8"
+        errors = "strict"
+
+        def __init__(self):
+            self.parts = []
+            self.room = cap
+            self.cut = False
+
+        def writable(self):
+            return True
+
+        def write(self, text):
+            if not isinstance(text, str):
+                raise TypeError(f"write() argument must be str, not {type(text).__name__}")
+            if self.room > 0:
+                piece = text if len(text) <= self.room else text[: self.room]
+                size = len(piece) if piece.isascii() else len(piece.encode("utf-8", "surrogatepass"))
+                if size > self.room:
+                    data = piece.encode("utf-8", "surrogatepass")[: self.room]
+                    piece = data.decode("utf-8", "ignore")
+                    size = self.room
+                if len(piece) < len(text):
+                    self.cut = True
+                self.parts.append(piece)
+                self.room -= size
+            elif text:
+                self.cut = True
+            return len(text)
+
+        def take(self):
+            text, cut = "".join(self.parts), self.cut
+            self.parts, self.room, self.cut = [], cap, False
+            return text, cut
+
+    return Capture
+
+
+def describe_exception(error: BaseException, traceback, filename: str) -> str:
+    """Type, message and line of `error` as JSON members. Runs untrusted `__str__`; capped."""
+    kind = _type_name(type(error))
+    try:
+        message = str(error)
+        message = message[:MESSAGE_CHARS] if type(message) is str else ""
+    except BaseException:
+        message = ""
+    line = None
+    if isinstance(error, SyntaxError) and type(error.lineno) is int:
+        line = error.lineno
+    while traceback is not None:
+        if traceback.tb_frame.f_code.co_filename == filename:
+            line = traceback.tb_lineno
+        traceback = traceback.tb_next
+    return f',"e":{quote(kind[:200])},"m":{quote(message)},"l":{"null" if line is None else line}'
+
+
+def run_code(code: str, depth: int, namespace: dict, stdout) -> bytes:
+    """Run one step; its result frame."""
+    filename = f"<step {depth}>"
+    failure = ""
+    try:
+        exec(compile(code, filename, "exec"), namespace)
+    except BaseException as error:
+        _setrecursionlimit(1000)
+        failure = describe_exception(error, sys.exc_info()[2], filename)
+    _settrace(None)
+    _setprofile(None)
+    _setrecursionlimit(1000)
+    text, cut = stdout.take()
+    status = '"error"' if failure else '"ok"'
+    frame = f'R{{"s":{status},"o":{quote(text)},"t":{"true" if cut else "false"}{failure}}}'
+    return frame.encode("ascii")
+
+
+def run_grading(kind: bytes, payload: bytes) -> bytes:
+    """Compare or group answers; the result frame."""
+    import json
+
+    import grading
+
+    data = json.loads(payload)
+    result = [grading.equiv(a, b) for a, b in data] if kind == b"G" else grading.group(data)
+    return b"R" + json.dumps({"g": result}).encode("ascii")
+
+
+def serve(channel, namespace: dict, stdout, disarm, limit_cpu) -> None:
+    """Fork on command for ever; in the child, run the command, report, and serve on.
+
+    Written as one loop so that the stack does not grow with the depth of the tree.
+    """
+    from _socket import CMSG_LEN, SCM_RIGHTS, SOL_SOCKET, socket
+
+    limit = 1 << 18
+    space = CMSG_LEN(4)
+    depth = 0
+    while True:
+        packet, ancillary, _, _ = channel.recvmsg(limit, space)
+        if not packet:
+            _exit(0)
+        fd = -1
+        for level, kind, data in ancillary:
+            if level == SOL_SOCKET and kind == SCM_RIGHTS:
+                fd = int.from_bytes(data[:4], sys.byteorder)
+        if _fork():
+            os.close(fd)
+            continue
+        channel.close()
+        channel = socket(fileno=fd)
+        channel.send(b"H")
+        limit_cpu()
+        depth += 1
+        verb = packet[:1]
+        if verb == b"C":
+            code = packet[1:].decode("utf-8", "surrogatepass")
+            del packet
+            frame = run_code(code, depth, namespace, stdout)
+            disarm()
+        else:
+            frame = run_grading(verb, packet[1:])
+        try:
+            channel.send(frame)
+        except BaseException:
+            _exit(70)
+        del frame
+
+
+def preload(kind: str) -> None:
+    """Import and warm up what a server of this kind offers."""
+    import importlib
+
+    # Hooks run at every fork: `random` would reseed itself in each child, so that siblings would
+    # not share their parent's random state. There are no threads here, whose locks need others.
+    os.register_at_fork = lambda **hooks: None
+    for name in LIGHT if kind == "light" else FULL:
+        importlib.import_module(name)
+    if kind == "light":
+        return
+    import random
+
+    import numpy
+    import sympy
+
+    random.seed(0)
+    numpy.random.seed(0)
+    x, y = sympy.symbols("x y")
+    sympy.solve(x**2 - 5 * x + 6, x)
+    sympy.solve([x + y - 3, x - y - 1], [x, y])
+    sympy.simplify((x**2 - 1) / (x - 1))
+    sympy.factor(x**3 - 1)
+    sympy.diff(sympy.sin(x) * x, x)
+    sympy.integrate(x**2 + 1, x)
+    str(sympy.sqrt(8) / 3), sympy.Rational(1, 3).evalf(), sympy.factorint(360)
+    numpy.linalg.solve(numpy.eye(2), numpy.ones(2)), repr(numpy.arange(3) * 1.5)
+    random.seed(0)
+    numpy.random.seed(0)
+    if kind == "grade":
+        import grading
+
+        grading.warm_up()
+
+
+def lock_down(channel, settings: dict, program: bytes) -> None:
+    """Collapse the heap into huge pages, forbid dumps, load the seccomp program, hand out its listener."""
+    import array
+    import ctypes
+    import socket
+
+    libc = ctypes.CDLL(None, use_errno=True)
+    for start, end in settings["ranges"]:
+        start, end = -(-start >> 21) << 21, end >> 21 << 21
+        if end > start:
+            # Advice only: MADV_HUGEPAGE (14), then MADV_COLLAPSE (25), which older kernels lack.
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), 14)
+            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), 25)
+
+    def prctl(*values: int) -> None:
+        if libc.prctl(*[ctypes.c_ulong(v) for v in values]) != 0:
+            raise OSError(ctypes.get_errno(), f"prctl{values}")
+
+    prctl(4, 0, 0, 0, 0)  # PR_SET_DUMPABLE
+    prctl(38, 1, 0, 0, 0)  # PR_SET_NO_NEW_PRIVS
+    if not program:
+        channel.send(b"R")
+        return
+
+    class Program(ctypes.Structure):
+        _fields_ = [("len", ctypes.c_ushort), ("filter", ctypes.c_char_p)]
+
+    described = Program(len(program) // 8, program)
+    # seccomp(SECCOMP_SET_MODE_FILTER, SECCOMP_FILTER_FLAG_NEW_LISTENER, program)
+    listener = libc.syscall(settings["seccomp_nr"], 1, ctypes.c_ulong(8), ctypes.byref(described))
+    if listener < 0:
+        raise OSError(ctypes.get_errno(), "seccomp refused the filter")
+    channel.sendmsg([b"R"], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array.array("i", [listener]))])
+    os.close(listener)
+
+
+def main(kind: str, fd: int, here: str) -> None:
+    """Warm up, lock down, serve. `here`: this file's directory, hidden from the code to be run."""
+    import json
+    import signal
+    import socket
+    import types
+
+    import resource
+
+    channel = socket.socket(fileno=fd)
+    preload(kind)
+    sys.path.remove(here)
+    channel.send(b"W")
+    settings = json.loads(channel.recv(1 << 18))
+    program = channel.recv(1 << 18) if settings["seccomp"] else b""
+
+    null = os.open("/dev/null", os.O_RDWR)
+    for standard in (0, 1, 2):
+        os.dup2(null, standard)
+    if null > 2:
+        os.close(null)
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+
+    import builtins
+    import io
+
+    stdout, stderr = make_capture(settings["output_bytes"])(), make_capture(0)()
+    sys.stdout = sys.__stdout__ = stdout
+    sys.stderr = sys.__stderr__ = stderr
+    sys.stdin = sys.__stdin__ = io.StringIO()
+    builtins.exit = builtins.quit = sys.exit
+    module = types.ModuleType("__main__")
+    module.__dict__["__builtins__"] = builtins
+    sys.modules["__main__"] = module
+    sys.argv = [""]
+
+    setitimer, alarm = signal.setitimer, signal.alarm
+    timers = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
+
+    def disarm() -> None:
+        for timer in timers:
+            setitimer(timer, 0)
+        alarm(0)
+
+    setrlimit, limit = resource.setrlimit, (settings["cpu_s"], settings["cpu_s"] + 1)
+
+    def limit_cpu() -> None:
+        setrlimit(resource.RLIMIT_CPU, limit)
+
+    lock_down(channel, settings, program)
+    import gc
+
+    gc.collect()
+    gc.freeze()
+    serve(channel, module.__dict__, stdout, disarm, limit_cpu)
