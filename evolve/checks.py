@@ -67,6 +67,7 @@ _AT_LEAST: dict[str, float] = {
     "ppm.negatives": 1,
     "ppm.validation_share": 0,
     "evaluate.samples": 1,
+    "evaluate.max_tokens": 1,
     "evaluate.beam_width": 1,
     "evaluate.beam_candidates": 1,
     "evaluate.search_rollouts": 0,

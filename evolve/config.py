@@ -183,9 +183,7 @@ def to_yaml(config: EvolveConfig) -> str:
 
 def _changes_results(key: str) -> bool:
     return not (
-        key in _NO_EFFECT_ON_RESULTS
-        or key.startswith(("cluster.", "wandb."))
-        or key.endswith(_NO_EFFECT_ENDINGS)
+        key in _NO_EFFECT_ON_RESULTS or key.startswith(("cluster.", "wandb.")) or key.endswith(_NO_EFFECT_ENDINGS)
     )
 
 

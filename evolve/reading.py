@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import math
 import re
 import types
@@ -195,7 +196,8 @@ class Reader:
 
     def _unknown(self, key: str, name: str, prefix: str, hints: dict[str, Any], place: str) -> None:
         sibling = difflib.get_close_matches(name, hints, n=1, cutoff=0.7)
-        same_name = [known for known in self._known if known.rpartition(".")[2] == name]
+        last = key.rpartition(".")[2]
+        same_name = [known for known in self._known if known.rpartition(".")[2] == last]
         if same_name:
             nearest = max(same_name, key=lambda known: difflib.SequenceMatcher(None, key, known).ratio())
         elif sibling:
@@ -258,6 +260,7 @@ def _strip(kind: Any) -> Any:
     return kind
 
 
+@functools.cache
 def _hints(schema: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(schema)
     return {f.name: hints[f.name] for f in dataclasses.fields(schema)}
