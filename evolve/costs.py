@@ -75,8 +75,7 @@ def statements(form: ScoreForm, unsolved: Sequence[float], on_gpus: bool) -> lis
     expected = f"unsolved after the first trees, by round: {shares} (rStar-Math's coverage); every candidate survives"
     scores = "a scalar head" if form is ScoreForm.head else "log-probabilities of steps"
     pairs = (
-        f"PPM ({scores}): half of a solved problem's steps give positives x negatives pairs, each half a "
-        "solution long"
+        f"PPM ({scores}): half of a solved problem's steps give positives x negatives pairs, each half a solution long"
     )
     disk = (
         f"trees take {TREE_BYTES_PER_TOKEN:.0f} bytes a token and {TREE_BYTES_PER_NODE:.0f} a node; policy and "

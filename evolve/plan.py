@@ -219,8 +219,7 @@ def _scale(config: EvolveConfig) -> tuple[int, int, Text, list[str]]:
     if problems.per_round is not None:
         count = min(count, problems.per_round)
     assumptions.append(
-        f"a prompt has {text.prompt} tokens, a step {text.step}, a solution {text.steps} steps: "
-        f"{text.solution} tokens"
+        f"a prompt has {text.prompt} tokens, a step {text.step}, a solution {text.steps} steps: {text.solution} tokens"
     )
     return count, test, text, assumptions
 
@@ -252,9 +251,7 @@ class _Search:
     arithmetic: tuple[str, ...]
 
 
-def _round(
-    config: EvolveConfig, k: int, problems: int, test: int, text: Text, resources: Resources
-) -> RoundEstimate:
+def _round(config: EvolveConfig, k: int, problems: int, test: int, text: Text, resources: Resources) -> RoundEstimate:
     own = resolve_round(config, k)
     base = model_size(config.policy.model, config.toy)
     large = config.policy.bootstrap.model if own.generator is Generator.bootstrap else None
