@@ -1,4 +1,4 @@
-"""What a token costs: the assumptions on speed and size that `evolve.plan` multiplies with."""
+"""What a token costs: the assumptions on speed and size that `evolve.estimate` multiplies with."""
 
 from __future__ import annotations
 

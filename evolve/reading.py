@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
-import functools
 import math
 import re
 import types
@@ -260,7 +259,6 @@ def _strip(kind: Any) -> Any:
     return kind
 
 
-@functools.cache
 def _hints(schema: Any) -> dict[str, Any]:
     hints = typing.get_type_hints(schema)
     return {f.name: hints[f.name] for f in dataclasses.fields(schema)}

@@ -300,7 +300,7 @@ def test_help_shows_every_key_and_starts_nothing(capsys):
 
 def test_configuration_and_plan_import_nothing_heavy():
     code = (
-        "import sys, evolve.config, evolve.schema, evolve.types, evolve.problems, evolve.plan_text\n"
+        "import sys, evolve.config, evolve.schema, evolve.types, evolve.problems, evolve.plan\n"
         "heavy = {'torch', 'ray', 'vllm', 'transformers', 'deepspeed', 'datasets', 'pyarrow', 'numpy'}\n"
         "sys.exit(' '.join(heavy & set(sys.modules)) or None)"
     )

@@ -8,8 +8,8 @@ import sys
 import pytest
 
 from evolve.config import load
-from evolve.plan import Node, Resources, expansions, local_resources, plan
-from evolve.plan_text import WIDTH, render
+from evolve.estimate import Node, Resources, expansions, local_resources, plan
+from evolve.plan import WIDTH, render
 from evolve.schema import ToyConfig
 from evolve.sizes import model_size
 
@@ -58,7 +58,7 @@ def test_shards_are_counted_by_the_scarcer_of_gpus_and_cpus():
     found = plan(load(["conf=rstar_math"]), NODES)
     assert [e.shard.fits for e in found.rounds] == [2, 16, 8, 8]
     assert found.missing == ()
-    few = Resources((Node(cpus=30, gpus=8),))
+    few = Resources((Node(cpus=25, gpus=8),))
     assert [e.shard.fits for e in plan(load(["conf=rstar_math"]), few).rounds] == [1, 2, 2, 2]
 
 
@@ -130,8 +130,8 @@ def test_rendered_plan_shows_the_arithmetic():
 def test_plan_loads_no_engine_and_no_trainer():
     code = (
         "import sys\n"
-        "from evolve.config import load\nfrom evolve.plan import local_resources, plan\n"
-        "from evolve.plan_text import render\n"
+        "from evolve.config import load\nfrom evolve.estimate import local_resources, plan\n"
+        "from evolve.plan import render\n"
         "render(plan(load(['conf=rstar_math']), local_resources()))\n"
         "sys.exit(' '.join({'torch', 'ray', 'vllm', 'transformers', 'datasets'} & set(sys.modules)) or None)"
     )
