@@ -46,8 +46,7 @@ CACHED = 1 << 16
 """Verdicts and output digests remembered."""
 
 _LIGHT = frozenset(
-    "abc bisect builtins cmath collections copy enum functools heapq io itertools math numbers operator re"
-    " string sys time typing".split()
+    ["abc", "bisect", "builtins", "cmath", "collections", "copy", "enum", "functools", "heapq", "io", "itertools", "math", "numbers", "operator", "re", "string", "sys", "time", "typing"]
 )
 _IMPORT = re.compile(r"^[ \t]*(?:from[ \t]+([\w.]+)[ \t]+import\b|import[ \t]+([\w. \t,]+))", re.MULTILINE)
 
@@ -390,18 +389,26 @@ class SandboxVerifier:
 
     async def group(self, answers: Sequence[str]) -> list[int]:
         """For each answer the index of the first answer equal to it."""
+        result, firsts = grading.quick_group(answers)
+        if len(firsts) == 1:
+            return result
+        texts = [answers[index] for index in firsts]
+        # Equal answers share a leading text here, so what is left to compare is few.
+        groups = await self._compare("group:" + texts[0], "P", texts)
+        if isinstance(groups, Outcome):
+            groups = await self._group_apart(texts)
+        merged = {first: firsts[groups[place]] for place, first in enumerate(firsts)}
+        return [merged[index] for index in result]
+
+    async def _group_apart(self, texts: list[str]) -> list[int]:
+        """Group with a child, and so a time limit, for each comparison; one that ends in neither is unequal."""
         firsts: list[int] = []
         result: list[int] = []
-        for index, answer in enumerate(answers):
-            found = index
-            for first in firsts:
-                equal = grading.quick_equiv(answers[first], answer)
-                if equal is None:
-                    compared = await self._compare("", "G", [[answers[first], answer]])
-                    equal = compared == [1]
-                if equal:
-                    found = first
-                    break
+        for index, text in enumerate(texts):
+            compared = await asyncio.gather(
+                *(self._compare(f"group:{index}:{first}", "G", [[texts[first], text]]) for first in firsts)
+            )
+            found = next((f for f, equal in zip(firsts, compared, strict=True) if equal == [1]), index)
             if found == index:
                 firsts.append(index)
             result.append(found)

@@ -261,11 +261,10 @@ def lock_down(channel, settings: dict, program: bytes) -> None:
 def main(kind: str, fd: int, here: str) -> None:
     """Warm up, lock down, serve. `here`: this file's directory, hidden from the code to be run."""
     import json
+    import resource
     import signal
     import socket
     import types
-
-    import resource
 
     channel = socket.socket(fileno=fd)
     preload(kind)
