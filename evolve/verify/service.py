@@ -393,7 +393,6 @@ class SandboxVerifier:
         if len(firsts) == 1:
             return result
         texts = [answers[index] for index in firsts]
-        # Equal answers share a leading text here, so what is left to compare is few.
         groups = await self._compare("group:" + texts[0], "P", texts)
         if isinstance(groups, Outcome):
             groups = await self._group_apart(texts)

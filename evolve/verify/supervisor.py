@@ -546,7 +546,7 @@ class Supervisor:
     def _sweep(self) -> None:
         """Kill processes below this one that no node accounts for: a child that never greeted."""
         known = set(self.pids)
-        parents = dict(_parents())
+        parents = {pid: parent for pid, parent, _ in process_parents()}
         for server in self.servers.values():
             pid = server.pid or (server.process.pid if server.process else 0)
             if server.state is not ServerState.READY:
@@ -566,15 +566,16 @@ class Supervisor:
                 os.kill(pid, signal.SIGKILL)
 
 
-def _parents() -> Iterator[tuple[int, int]]:
-    """(process, its parent) for all processes that can be seen."""
+def process_parents() -> Iterator[tuple[int, int, str]]:
+    """(process, its parent, its state letter) for all processes that can be seen."""
     for entry in Path("/proc").iterdir():
         if entry.name.isdigit():
             try:
                 stat = (entry / "stat").read_text(errors="replace")
             except (FileNotFoundError, ProcessLookupError):
                 continue
-            yield int(entry.name), int(stat.rpartition(")")[2].split()[1])
+            fields = stat.rpartition(")")[2].split()
+            yield int(entry.name), int(fields[1]), fields[0]
 
 
 def _private_bytes(pid: int) -> int:

@@ -1,0 +1,78 @@
+"""`python -m evolve.verify FILE.py`: run a file's steps and print the verdicts.
+
+`python -m evolve.verify --self-test [--snippets FILE] [--concurrency N]`: say which isolation layers are
+active, run hostile snippets, exit 1 when one gets through.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import sys
+from pathlib import Path
+
+from evolve.schema import VerifierConfig
+from evolve.types import Problem
+from evolve.verify.layers import SandboxUnavailable
+from evolve.verify.selftest import load, self_test
+from evolve.verify.service import SandboxVerifier
+
+BOUNDARY = "<end_of_step>"
+"""Ends a step in a solution's text."""
+
+OWN_SNIPPETS = Path(__file__).parents[2] / "tests" / "verify" / "hostile.json"
+
+
+def split_steps(text: str) -> list[str]:
+    """A file's steps: split at the step boundary; the tags around the code are dropped."""
+    code = text.partition("<end_of_code>")[0].replace("<code>", "")
+    return [step.strip("\n") for step in code.split(BOUNDARY) if step.strip()]
+
+
+async def run_file(path: Path) -> int:
+    """Run the steps of a file one after another; 1 when one fails."""
+    steps = split_steps(path.read_text(encoding="utf-8", errors="surrogateescape"))
+    verifier = SandboxVerifier(VerifierConfig(supervisors=1))
+    problem = Problem(path.name, "", ())
+    try:
+        for number, step in enumerate(steps):
+            verdict = await verifier.check(problem, tuple(steps[:number]), step)
+            where = f" line {verdict.line}" if verdict.line else ""
+            cause = f": {verdict.exception} {verdict.message}{where}".rstrip() if not verdict.ok else ""
+            timing = f"{verdict.cpu_s * 1e3:.1f} ms CPU, {verdict.wall_s * 1e3:.1f} ms"
+            print(f"step {number + 1}: {verdict.status}{cause} ({timing})")
+            if verdict.stdout:
+                text = verdict.stdout.encode("ascii", "backslashreplace").decode()
+                print(text.rstrip("\n") + (" …" if verdict.truncated else ""))
+            if not verdict.ok:
+                return 1
+    finally:
+        await verifier.close()
+    return 0
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m evolve.verify", description=__doc__)
+    parser.add_argument("file", nargs="?", type=Path, help=f"Python code; steps end with {BOUNDARY}")
+    parser.add_argument("--self-test", action="store_true", help="run the hostile snippets")
+    parser.add_argument("--snippets", type=Path, default=OWN_SNIPPETS, help="snippets to run")
+    parser.add_argument("--concurrency", type=int, default=1, help="snippets at a time")
+    arguments = parser.parse_args()
+    if arguments.self_test == (arguments.file is not None):
+        parser.error("give either a file or --self-test")
+    path = arguments.snippets if arguments.self_test else arguments.file
+    if not path.is_file():
+        parser.error(f"{path} is not a file")
+    if arguments.concurrency < 1:
+        parser.error("--concurrency must be at least 1")
+    try:
+        if arguments.self_test:
+            return 1 if asyncio.run(self_test(load(path), arguments.concurrency)) else 0
+        return asyncio.run(run_file(path))
+    except (SandboxUnavailable, ValueError) as error:
+        print(f"evolve.verify: {error}", file=sys.stderr)
+        return 2
+
+
+if __name__ == "__main__":
+    sys.exit(main())
