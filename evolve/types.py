@@ -246,8 +246,10 @@ class ScoreRequest:
 class StepFormat(Protocol):
     """The text conventions between policy, search and verifier."""
 
-    stop: tuple[str, ...]
-    """Boundary strings that end a sample."""
+    @property
+    def stop(self) -> tuple[str, ...]:
+        """Boundary strings that end a sample."""
+        ...
 
     def prompt(self, question: str) -> str:
         """Everything that precedes the first step."""
@@ -269,9 +271,7 @@ class StepFormat(Protocol):
 class Policy(Protocol):
     """What proposes steps."""
 
-    async def propose(
-        self, prefixes: Sequence[tuple[int, ...]], n: int, sampling: Sampling
-    ) -> list[list[Candidate]]:
+    async def propose(self, prefixes: Sequence[tuple[int, ...]], n: int, sampling: Sampling) -> list[list[Candidate]]:
         """`n` continuations of each prefix (token ids), in the prefixes' order."""
         ...
 

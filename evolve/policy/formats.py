@@ -13,7 +13,6 @@ line break after it. `parse` therefore allows white space after a boundary, and 
 from __future__ import annotations
 
 import difflib
-import re
 from collections.abc import Callable
 from dataclasses import dataclass
 

@@ -251,8 +251,8 @@ class Engine:
         try:
             async with asyncio.timeout(self.config.request_timeout_s):
                 final = None
-                async for final in stream():
-                    pass
+                async for output in stream():
+                    final = output
         except Exception as error:
             self._exit_if_dead(error)
             raise
