@@ -127,5 +127,8 @@ def _pair(
 
 
 def _distinct(continuations: Sequence[_Continuation]) -> list[_Continuation]:
-    """The first of every set of equal token sequences."""
-    return list({c.ids: c for c in reversed(continuations)}.values())[::-1]
+    """The first of every set of equal token sequences, in order."""
+    first: dict[tuple[int, ...], _Continuation] = {}
+    for continuation in continuations:
+        first.setdefault(continuation.ids, continuation)
+    return list(first.values())

@@ -69,7 +69,10 @@ def select(
             continue
         wrong += len(found) - len(correct)
         correct.sort(key=lambda t: (-t.q, t.round, t.tree, t.node))
-        distinct = list({(t.prompt_ids, t.token_ids): t for t in reversed(correct)}.values())[::-1]
+        first: dict[tuple[tuple[int, ...], ...], Trajectory] = {}
+        for trajectory in correct:
+            first.setdefault((trajectory.prompt_ids, trajectory.token_ids), trajectory)
+        distinct = list(first.values())
         duplicates += len(correct) - len(distinct)
         best = distinct[: config.trajectories]
         surplus += len(distinct) - len(best)
