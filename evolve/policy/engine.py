@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from evolve.policy.serving import Engine
+from evolve.schema import EngineConfig
 from evolve.types import Candidate, Sampling
 
 Request = tuple[tuple[int, ...], int, Sampling]
@@ -20,6 +21,13 @@ class PolicyEngine(Engine):
     whatever is in flight. Samples are taken as ids, and a candidate's text is the decoding of
     exactly its ids.
     """
+
+    def __init__(self, model: str, config: EngineConfig, digest: str | None = None, device: str = "cpu"):
+        """As `Engine`."""
+        super().__init__(model, config, digest, device)
+        self._end_tokens: frozenset[int] = frozenset()
+        """Ids at which the model ends a text."""
+        self._singles: dict[str, int | None] = {}
 
     async def propose(self, prefixes: Sequence[tuple[int, ...]], n: int, sampling: Sampling) -> list[list[Candidate]]:
         """`n` continuations of each prefix (token ids), in the prefixes' order.
@@ -54,13 +62,30 @@ class PolicyEngine(Engine):
         """Texts of token id sequences, special tokens included."""
         return [self._text(ids) for ids in sequences]
 
+    async def reload(self, path: str, digest: str | None = None) -> str:
+        """As `Engine.reload`; a checkpoint with another vocabulary is refused (ValueError) as well."""
+        return await super().reload(path, digest)
+
     # ------------------------------------------------------------------ inside
+
+    def _check_same_model(self, path: str) -> None:
+        super()._check_same_model(path)
+        from transformers import AutoTokenizer
+
+        if AutoTokenizer.from_pretrained(path).get_vocab() != self._tokenizer().get_vocab():
+            raise ValueError(
+                f"reload of {path}: its vocabulary differs from that of {self.path}, so token ids would "
+                "change their meaning; start a new engine for it"
+            )
 
     def _extra_arguments(self) -> dict[str, Any]:
         # Before temperature and top-p: the policy's own probabilities.
         return {"logprobs_mode": "raw_logprobs"}
 
     async def _warm_up(self) -> None:
+        configured = self._started().model_config.try_get_generation_config().get("eos_token_id") or []
+        ends = [configured] if isinstance(configured, int) else configured
+        self._end_tokens = frozenset([*ends, self._tokenizer().eos_token_id])
         prompt = (await self.encode(["1 + 1 = "]))[0]
         await self._sample(prompt, 2, Sampling(max_tokens=2, stop=("2",)))
         self._counts = dict.fromkeys(self._counts, 0.0)
@@ -73,14 +98,16 @@ class PolicyEngine(Engine):
 
     def _single_token(self, text: str) -> int | None:
         """The id of a string that the tokenizer spells with one token, else None."""
-        ids = self._tokenizer().encode(text, add_special_tokens=False)
-        return ids[0] if len(ids) == 1 else None
+        if text not in self._singles:
+            ids = self._tokenizer().encode(text, add_special_tokens=False)
+            self._singles[text] = ids[0] if len(ids) == 1 else None
+        return self._singles[text]
 
     def _parameters(self, n: int, sampling: Sampling) -> Any:
         """vLLM's sampling parameters.
 
         A boundary that is one token ends a sample by its id, and no text is made while sampling
-        (measured: half the front end's time); others need vLLM to look at the text.
+        (with text, a third fewer tokens a second were measured); others need vLLM to look at the text.
         """
         from vllm import SamplingParams
         from vllm.sampling_params import RequestOutputKind
@@ -130,9 +157,9 @@ class PolicyEngine(Engine):
             at_boundary = True
         else:
             at_boundary = False
-            while ids and ids[-1] in self._end_tokens():
+            if ids and ids[-1] in self._end_tokens:
                 ids.pop()
-            text = self._text(ids)
+                text = self._text(ids)
         return Candidate(
             text=text,
             token_ids=tuple(ids),
@@ -152,12 +179,6 @@ class PolicyEngine(Engine):
             else:
                 low = middle + 1
         return ids[:low]
-
-    def _end_tokens(self) -> frozenset[int]:
-        """Ids at which the model ends a text."""
-        configured = self._started().model_config.try_get_generation_config().get("eos_token_id", [])
-        ids = [configured] if isinstance(configured, int) else list(configured or [])
-        return frozenset([*ids, self._tokenizer().eos_token_id])
 
 
 def _reseeded(sampling: Sampling, seed: int | None) -> Sampling:

@@ -101,7 +101,7 @@ class Engine:
         self.path = model
         self._llm: Any = None
         self._ids = itertools.count()
-        self._reloading = asyncio.Lock()
+        self._changing = asyncio.Lock()
         self._idle = asyncio.Event()
         self._idle.set()
         self._open = asyncio.Event()
@@ -122,13 +122,13 @@ class Engine:
 
         Idempotent. Raises `checkpoint.DigestMismatch`, or what vLLM raises on a model it cannot serve.
         """
-        if self._llm is not None:
-            return str(self.digest)
-        began = time.monotonic()
-        # In a thread: importing vLLM takes seconds, in which the actor must answer.
-        self._llm = await asyncio.to_thread(self._build)
-        await self._warm_up()
-        self._ready_s = time.monotonic() - began
+        async with self._changing:
+            if self._llm is None:
+                began = time.monotonic()
+                # In a thread: importing vLLM takes seconds, in which the actor must answer.
+                self._llm = await asyncio.to_thread(self._build)
+                await self._warm_up()
+                self._ready_s = time.monotonic() - began
         return str(self.digest)
 
     def _build(self) -> Any:
@@ -159,12 +159,12 @@ class Engine:
             ValueError: its config.json describes another model; start a new engine for that.
         """
         llm = self._started()
-        async with self._reloading:
+        async with self._changing:
             path = await asyncio.to_thread(resolve, path)
             found = await asyncio.to_thread(verify, path, digest)
             if found == self.digest:
                 return found
-            await asyncio.to_thread(self._check_same_architecture, path)
+            await asyncio.to_thread(self._check_same_model, path)
             self._open.clear()
             try:
                 await asyncio.wait_for(self._idle.wait(), self.config.request_timeout_s)
@@ -185,7 +185,8 @@ class Engine:
                 self._open.set()
         return found
 
-    def _check_same_architecture(self, path: str) -> None:
+    def _check_same_model(self, path: str) -> None:
+        """Refuse (ValueError) a checkpoint whose weights cannot be swapped in for the present ones."""
         from transformers import AutoConfig
 
         ignored = {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "use_cache"}

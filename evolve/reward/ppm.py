@@ -105,14 +105,14 @@ class PPMEngine(Engine):
 
     def _extra_arguments(self) -> dict[str, Any]:
         if self.form is ScoreForm.head:
-            return {"runner": "pooling"}
+            return {"runner": "pooling", "skip_tokenizer_init": True}
         from transformers import AutoConfig
 
         # Log-probabilities of a prompt come with one sampled token, which needs a place of its own.
         positions = AutoConfig.from_pretrained(self.path).max_position_embeddings
         length = min(self.config.max_model_len + 1, positions)
         self._limit = min(self.config.max_model_len, length - 1)
-        return {"max_model_len": length, "logprobs_mode": "raw_logprobs"}
+        return {"max_model_len": length, "logprobs_mode": "raw_logprobs", "skip_tokenizer_init": True}
 
     async def _warm_up(self) -> None:
         request = ScoreRequest(prompt_ids=(0, 1), steps=((2, 3),), sampled=((True, True),))
