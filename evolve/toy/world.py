@@ -39,7 +39,7 @@ END_OF_CODE = "<end_of_code>"
 
 Split = Literal["train", "dev", "test", "demo"]
 SPLITS: dict[Split, range] = {
-    "train": range(0, 6),
+    "train": range(6),
     "demo": range(6, 12),
     "dev": range(12, 14),
     "test": range(14, 16),
