@@ -148,12 +148,36 @@ _SPACES = re.compile(r"(?<!\\)\\[!,;: >]|\\quad|\\qquad|~|\u00a0|\u202f")
 _FRACTION = re.compile(r"\\frac\s*(?:\{([^{}]*)\}|(\d))\s*(?:\{([^{}]*)\}|(\d))")
 _FENCES = re.compile(r"\\(?:left|right|[bB]igg?[lr]?|displaystyle|limits|mathstrut)(?![a-zA-Z])\s*")
 _DEGREES = re.compile(r"\^\s*(?:\{\s*\\circ\s*\}|\\circ)|°|\\degrees?(?![a-zA-Z])")
-_UNIT_MACRO = re.compile(r"(?<=[\d\w})\].])\s*\\(?:text|mbox|mathrm|textrm|rm)\s*\{([^{}]*)\}(?:\s*\^\s*\{?\d\}?)?\.?\s*$")
+_UNIT_MACRO = re.compile(
+    r"(?<=[\d\w})\].])\s*\\(?:text|mbox|mathrm|textrm|rm)\s*\{([^{}]*)\}(?:\s*\^\s*\{?\d\}?)?\.?\s*$"
+)
 _UNIT_WORD = re.compile(
     r"((?:^|.*[\d})])\s?)(?<=[\d}) ])\s*((?:square |cubic |sq\.? |cu\.? )?[A-Za-z]{2,}(?:[ /][A-Za-z]+){0,3}\.?"
     r"(?:\s*\^\s*\{?\d\}?)?)$"
 )
-_NAMES = frozenset("pi sqrt sin cos tan cot sec csc log ln exp oo infty or and cup in mod inf".split())
+_NAMES = frozenset(
+    [
+        "pi",
+        "sqrt",
+        "sin",
+        "cos",
+        "tan",
+        "cot",
+        "sec",
+        "csc",
+        "log",
+        "ln",
+        "exp",
+        "oo",
+        "infty",
+        "or",
+        "and",
+        "cup",
+        "in",
+        "mod",
+        "inf",
+    ]
+)
 
 _UNITS = {
     name: canonical
@@ -474,10 +498,34 @@ def _words(text: str) -> str | None:
     return None
 
 
-_PYTHON = re.compile(r"\*|(?<![A-Za-z\\])(?:sqrt|sin|cos|tan|log|exp|Rational|factorial|Abs)\(|(?<![A-Za-z\\])(?:pi|oo|I)(?![A-Za-z])")
+_PYTHON = re.compile(
+    r"\*|(?<![A-Za-z\\])(?:sqrt|sin|cos|tan|log|exp|Rational|factorial|Abs)\(|(?<![A-Za-z\\])(?:pi|oo|I)(?![A-Za-z])"
+)
 _TOKENS = re.compile(r"\s*(?:\d+(?:\.\d*)?|\.\d+|[A-Za-z]+|\*\*|[-+*/^(),=<>])")
 _CALLS = frozenset(
-    "sqrt cbrt sin cos tan cot sec csc asin acos atan log ln exp Rational factorial Abs pi oo I E".split()
+    [
+        "sqrt",
+        "cbrt",
+        "sin",
+        "cos",
+        "tan",
+        "cot",
+        "sec",
+        "csc",
+        "asin",
+        "acos",
+        "atan",
+        "log",
+        "ln",
+        "exp",
+        "Rational",
+        "factorial",
+        "Abs",
+        "pi",
+        "oo",
+        "I",
+        "E",
+    ]
 )
 
 

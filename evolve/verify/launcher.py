@@ -6,6 +6,8 @@ Usage: launcher.py JSON, with keys: kind, fd, uid (or null), landlock (paths to 
 
 from __future__ import annotations
 
+import ctypes
+import ctypes.util
 import json
 import os
 import resource
@@ -21,8 +23,6 @@ def drop_privileges(uid: int) -> None:
 
 def enter_landlock(readable: list[str]) -> None:
     """Restrict this process and all that follow to reading `readable` and writing /dev/null."""
-    import ctypes.util
-
     # py-landlock looks libc up with tools (ldconfig, gcc) that are not in here.
     ctypes.util.find_library = lambda name: "libc.so.6" if name == "c" else None
     from py_landlock import AccessFs, Landlock
@@ -45,8 +45,12 @@ def main() -> None:
         hard = resource.getrlimit(which)[1]
         value = value if hard == resource.RLIM_INFINITY else min(value, hard)
         resource.setrlimit(which, (value, value))
+    # Only where there is no pid namespace does this matter; elsewhere all falls with its first process.
+    ctypes.CDLL(None).prctl(1, 9, 0, 0, 0)  # PR_SET_PDEATHSIG, SIGKILL
     if settings["landlock"] is not None:
         enter_landlock(settings["landlock"])
+    if settings["kind"] == "probe":
+        os.execv(sys.executable, [sys.executable, "-s", "-S", "-P", "-B", "-c", "import math, socket"])
     here = os.path.dirname(os.path.abspath(__file__))  # noqa: PTH100, PTH120
     boot = (
         f"import sys; sys.path += {settings['paths'] + [here]!r}; import zygote;"

@@ -31,12 +31,14 @@ PACKAGES = (
 INSIDE = "/sandbox"
 """Where this package's own files and `PACKAGES` are mounted inside."""
 
+# LD_BIND_NOW: symbols bound lazily would be bound again, and pages copied, in every forked process.
 ENVIRONMENT = {
     "PATH": "/usr/bin",
     "LANG": "C.UTF-8",
     "HOME": "/",
     "PYTHONHASHSEED": "0",
     "PYTHONUTF8": "1",
+    "LD_BIND_NOW": "1",
     "OPENBLAS_NUM_THREADS": "1",
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
@@ -138,7 +140,7 @@ def _mounts() -> list[str]:
     prefixes = [base / "bin", base / "lib"] if base != Path("/usr") else [interpreter()]
     binds += [("--ro-bind-try", path, str(path)) for path in (*roots, *prefixes)]
     here = Path(__file__).parent
-    names = ("launcher.py", "zygote.py", "grading.py")
+    names = ("launcher.py", "zygote.py", "arithmetic.py", "grading.py")
     binds += [("--ro-bind", here / name, f"{INSIDE}/verify/{name}") for name in names]
     binds += [("--ro-bind", source, f"{INSIDE}/site/{name}") for name, source in site_paths().items()]
     # bubblewrap makes parent directories private to the user it runs as, who is not the one inside.
@@ -185,20 +187,23 @@ def command(layers: Layers, kind: str, fd: int, memory_mb: int) -> list[str]:
     return [*layers.bwrap, *_mounts(), "--clearenv", *environment, "--chdir", "/", "--", *program]
 
 
-def _works(options: tuple[str, ...]) -> str:
-    """Try to run an interpreter inside; the empty string, or why it failed."""
-    script = [str(interpreter()), "-S", "-c", "import socket"]
+def _works(layers: Layers) -> str:
+    """Try to run an interpreter inside `layers`; the empty string, or why it failed."""
     try:
         done = subprocess.run(
-            [*options, *_mounts(), "--clearenv", "--", *script],
+            command(layers, "probe", 0, 512),
             stdin=subprocess.DEVNULL,
             capture_output=True,
             text=True,
             timeout=30,
             check=False,
+            env=ENVIRONMENT,
+            cwd="/",
         )
     except subprocess.TimeoutExpired:
         return "it did not end within 30 s"
+    except OSError as error:
+        return str(error)
     return "" if done.returncode == 0 else done.stderr.strip()[-300:] or f"exit status {done.returncode}"
 
 
@@ -228,31 +233,35 @@ def detect() -> Layers:
         missing.append("Landlock: needs Linux 5.13 or newer with `landlock` in the kernel's lsm= list")
     elif landlock < 6:
         missing.append(f"Landlock ABI {landlock}: signals are scoped only from ABI 6 (Linux 6.12)")
-    bwrap, reason = _find_namespaces(root)
-    if bwrap is None:
+    plain = Layers(None, UNPRIVILEGED if root else None, landlock)
+    layers, reason = _with_namespaces(plain)
+    if layers.bwrap is None:
         missing.append(f"namespaces: {reason}")
-        if landlock == 0:
+        missing.append("a sleeping process may outlive a supervisor that is killed, without a pid namespace")
+        reason = "Landlock is missing" if landlock == 0 else _works(layers)
+        if reason:
             raise SandboxUnavailable(
-                "neither a mount namespace nor Landlock can be had, and one of them is required. "
-                + "; ".join(missing)
+                "neither a mount namespace nor Landlock can be had, and one of them is required: "
+                + "; ".join([*missing, reason])
             )
-    elif "--unshare-net" not in bwrap:
+    elif "--unshare-net" not in layers.bwrap:
         missing.append("network namespace: refused here; sockets are still refused by seccomp")
-    return Layers(bwrap, UNPRIVILEGED if root else None, landlock, missing=tuple(missing))
+    return replace(layers, missing=tuple(missing))
 
 
-def _find_namespaces(root: bool) -> tuple[tuple[str, ...] | None, str]:
-    """bubblewrap with the strongest options that work, or None and why."""
+def _with_namespaces(plain: Layers) -> tuple[Layers, str]:
+    """`plain` inside bubblewrap with the strongest options that work; or `plain`, and why none does."""
     path = shutil.which("bwrap")
     if path is None:
-        return None, "bubblewrap is not installed (Debian: apt-get install bubblewrap)"
+        return plain, "bubblewrap is not installed (Debian: apt-get install bubblewrap)"
     reason = ""
-    for options in _namespace_options(root):
-        reason = _works((path, *options))
+    for options in _namespace_options(plain.uid is not None):
+        layers = replace(plain, bwrap=(path, *options))
+        reason = _works(layers)
         if not reason:
-            return (path, *options), ""
-    hint = "as an ordinary user this needs kernel.unprivileged_userns_clone=1 or user namespaces in the container"
-    return None, f"bubblewrap failed ({reason}); {hint}"
+            return layers, ""
+    hint = "user namespaces must be allowed (sysctl kernel.unprivileged_userns_clone=1, user.max_user_namespaces>0)"
+    return plain, f"bubblewrap failed ({reason}); {hint}"
 
 
 def without(layers: Layers, *names: str) -> Layers:

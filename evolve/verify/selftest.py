@@ -31,7 +31,14 @@ GOLD = "GOLD-31337"
 MESSAGE_MOST = 2100
 
 INVARIANTS = frozenset(
-    "zygote_alive canary_alive output_capped no_cross_node_effect snapshot_idle_uses_no_cpu no_leftover_process".split()
+    [
+        "zygote_alive",
+        "canary_alive",
+        "output_capped",
+        "no_cross_node_effect",
+        "snapshot_idle_uses_no_cpu",
+        "no_leftover_process",
+    ]
 )
 
 
@@ -215,7 +222,9 @@ class SelfTest:
 
 def _say(report: Report) -> Report:
     mark = "FAIL" if report.failures else "ok  "
-    print(f"{mark} {report.name:32} {report.status:14} {report.seconds:6.2f} s  {'; '.join(report.failures)}", flush=True)
+    print(
+        f"{mark} {report.name:32} {report.status:14} {report.seconds:6.2f} s  {'; '.join(report.failures)}", flush=True
+    )
     return report
 
 

@@ -111,6 +111,8 @@ class Server:
     failures: int = 0
     """Starts in a row that did not end in READY."""
     log: int = -1
+    init: int = 0
+    """First process of the pid namespace, if there is one: all others end before it does."""
 
     def start(self) -> socket.socket:
         """Execute the sandbox; the channel to poll."""
@@ -126,6 +128,8 @@ class Server:
             pass_fds=[theirs.fileno()],
             env=layers.ENVIRONMENT,
             cwd="/",
+            # Without a pid namespace: a group that is orphaned, and so hung up, when the supervisor dies.
+            process_group=0 if self.settings.layers.bwrap is None else None,
         )
         theirs.close()
         os.close(log)
@@ -163,6 +167,8 @@ class Server:
                 os.set_blocking(self.listener, False)
             self.state = ServerState.READY
             self.failures = 0
+            if self.settings.layers.bwrap is not None:
+                self.init = _parent(pid)
             return True
         raise ProtocolError(f"the interpreter server ended while {self.state.name.lower()}: {self.tail()}")
 
@@ -219,10 +225,10 @@ class Server:
         """End the sandbox and all that runs in it."""
         self.state = ServerState.DEAD
         if self.process is not None:
-            if self.pid and self.settings.layers.bwrap is None:
-                # Without a pid namespace nothing falls with the first process; the owner kills the nodes.
-                os.kill(self.pid, signal.SIGKILL)
-            self.process.kill()
+            if self.init and self.process.poll() is None:
+                os.kill(self.init, signal.SIGKILL)
+            else:
+                self.process.kill()
             self.process.wait()
             self.process = None
         if self.channel is not None:
@@ -232,9 +238,17 @@ class Server:
             if getattr(self, name) >= 0:
                 os.close(getattr(self, name))
                 setattr(self, name, -1)
-        self.pid = 0
+        self.pid = self.init = 0
         self.permits.clear()
         self.strikes.clear()
+
+
+def _parent(pid: int) -> int:
+    """The parent of a process; 0 when it is gone."""
+    try:
+        return int(Path(f"/proc/{pid}/stat").read_text(errors="replace").rpartition(")")[2].split()[1])
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
 
 
 def _heap_ranges(pid: int) -> list[tuple[int, int]]:
@@ -242,7 +256,7 @@ def _heap_ranges(pid: int) -> list[tuple[int, int]]:
     ranges = []
     try:
         text = Path(f"/proc/{pid}/maps").read_text()
-    except PermissionError:
+    except (PermissionError, FileNotFoundError):
         return []
     for line in text.splitlines():
         parts = line.split()

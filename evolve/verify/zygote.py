@@ -6,7 +6,8 @@ serves its channel; every command makes it fork, and the child runs the command'
 serves its own channel in turn, so that each node can be forked again.
 
 Channels are AF_UNIX SEQPACKET sockets. Command packet: b"C" + code, or b"G" + JSON pairs to grade, or
-b"P" + JSON answers to group; it carries the child's channel as SCM_RIGHTS. Replies: b"H" (greeting), then
+b"P" + JSON answers to group, or b"M" + JSON list of codes to run one after another, or b"A" to become the
+worker of the arithmetic lane; it carries the child's channel as SCM_RIGHTS. Replies: b"H" (greeting), then
 one b"R" + JSON result. Nothing said here is believed further than as a claim about this node.
 """
 
@@ -146,7 +147,7 @@ def run_grading(kind: bytes, payload: bytes) -> bytes:
     return b"R" + json.dumps({"g": result}).encode("ascii")
 
 
-def serve(channel, namespace: dict, stdout, disarm, limit_cpu) -> None:
+def serve(channel, namespace: dict, stdout, disarm, limit_cpu, here: str) -> None:
     """Fork on command for ever; in the child, run the command, report, and serve on.
 
     Written as one loop so that the stack does not grow with the depth of the tree.
@@ -170,14 +171,29 @@ def serve(channel, namespace: dict, stdout, disarm, limit_cpu) -> None:
         channel.close()
         channel = socket(fileno=fd)
         channel.send(b"H")
-        limit_cpu()
         depth += 1
         verb = packet[:1]
+        if verb != b"A":
+            limit_cpu()
         if verb == b"C":
             code = packet[1:].decode("utf-8", "surrogatepass")
             del packet
             frame = run_code(code, depth, namespace, stdout)
             disarm()
+        elif verb == b"M":
+            import json
+
+            for code in json.loads(packet[1:]):
+                frame = run_code(code, depth, namespace, stdout)
+                depth += 1
+                if not frame.startswith(b'R{"s":"ok"'):
+                    break
+        elif verb == b"A":
+            sys.path.append(here)
+            import arithmetic
+
+            arithmetic.Lane(run_code, stdout).serve(channel)
+            _exit(0)
         else:
             frame = run_grading(verb, packet[1:])
         try:
@@ -311,4 +327,4 @@ def main(kind: str, fd: int, here: str) -> None:
 
     gc.collect()
     gc.freeze()
-    serve(channel, module.__dict__, stdout, disarm, limit_cpu)
+    serve(channel, module.__dict__, stdout, disarm, limit_cpu, here)
