@@ -18,7 +18,6 @@ PIP := $(VENV)/bin/python -m pip --disable-pip-version-check
 CPU_WHEELS := https://download.pytorch.org/whl/cpu
 IMPORTS := torch, transformers, vllm, ray, deepspeed, datasets, math_verify, evolve
 
-
 .PHONY: quickstart test setup system clean
 
 quickstart: setup
@@ -29,6 +28,7 @@ test: setup
 
 setup: system $(READY)
 
+# bwrap and libseccomp make the sandbox; libnuma is loaded by vLLM's CPU build, whose kernels g++ compiles.
 system:
 	@missing=()
 	command -v bwrap >/dev/null || missing+=(bubblewrap)
