@@ -21,6 +21,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DIFFER_BY_EXTRA = {"torch", "triton", "apache-tvm-ffi"}
 """Packages of which the CPU and the GPU build of vLLM ask for different versions."""
 
+ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES")}
+"""Without what `make test` leaves for the makes below it."""
+
 FAKE_PYTHON = """#!/usr/bin/env bash
 echo "$*" >> "$CALLS"
 case "$*" in
@@ -101,7 +104,8 @@ def test_what_is_installed_imports():
 
 
 def dry(target: str) -> str:
-    return subprocess.run(["make", "-n", target], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    command = ["make", "-n", target]
+    return subprocess.run(command, cwd=ROOT, env=ENVIRONMENT, capture_output=True, text=True, check=True).stdout
 
 
 def test_the_two_commands_are_thin():
@@ -127,7 +131,7 @@ def set_up(checkout: Path, **environment: str) -> tuple[int, list[str]]:
     done = subprocess.run(
         ["make", ".venv/.ready-cpu", f"PYTHON={checkout / 'fake-python'}"],
         cwd=checkout,
-        env={**os.environ, "CALLS": str(calls), **environment},
+        env={**ENVIRONMENT, "CALLS": str(calls), **environment},
         capture_output=True,
         timeout=60,
         check=False,
@@ -188,7 +192,7 @@ def test_continuous_integration_prints_the_last_lines_and_keeps_the_status(tmp_p
     (tmp_path / ".ci").mkdir()
     script = shutil.copy(ROOT / ".ci" / "run", tmp_path / ".ci" / "run")
     (tmp_path / "Makefile").write_text(f"test:\n\t@seq 1000; echo 7 passed; exit {status}\n")
-    done = subprocess.run([script], cwd="/", capture_output=True, text=True, timeout=60, check=False)
+    done = subprocess.run([script], cwd="/", env=ENVIRONMENT, capture_output=True, text=True, timeout=60, check=False)
     assert (done.returncode == 0) == (status == 0)
     assert "7 passed" in done.stdout
     assert len(done.stdout.splitlines()) <= 200
