@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import logging
 import os
+import socket
 import sys
 
 from rich import box
@@ -35,9 +36,13 @@ def _cluster_resources(address: str) -> Resources:
     """The nodes of a running Ray cluster; nothing is started on them."""
     import ray
 
+    host, _, port = address.rpartition("://")[2].partition(":")
     try:
+        if port.isdecimal():
+            # Ray itself tries for minutes before it gives up.
+            socket.create_connection((host, int(port)), timeout=10).close()
         ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (ConnectionError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError) as error:
         what = f"cluster.address: no Ray cluster answers ({str(error).splitlines()[0]})"
         raise ConfigError([Complaint(what, f"address {address}", "start it, or leave the address out")]) from error
     try:

@@ -206,8 +206,10 @@ def _problem(columns: Mapping[str, Any], fields: FieldsConfig, numbered: str) ->
     if wrong:
         return wrong, None
     question = columns[fields.question]
-    if not isinstance(question, str) or not question.strip():
-        wrong.append("the question is empty" if not question else "the question is not text")
+    if question is None or (isinstance(question, str) and not question.strip()):
+        wrong.append("the question is empty")
+    elif not isinstance(question, str):
+        wrong.append(f"the question is a {type(question).__name__}, not text")
     answers, complaint = _answers(columns[fields.answer])
     if complaint:
         wrong.append(complaint)

@@ -7,9 +7,9 @@ import sys
 
 import pytest
 
-from evolve.config import load
+from evolve.config import ConfigError, load
 from evolve.estimate import Node, Resources, expansions, local_resources, plan
-from evolve.plan import WIDTH, render
+from evolve.plan import WIDTH, render, show_plan
 from evolve.schema import ToyConfig
 from evolve.sizes import model_size
 
@@ -130,10 +130,22 @@ def test_rendered_plan_shows_the_arithmetic():
 def test_plan_loads_no_engine_and_no_trainer():
     code = (
         "import sys\n"
-        "from evolve.config import load\nfrom evolve.estimate import local_resources, plan\n"
+        "from evolve.config import ConfigError, load\nfrom evolve.estimate import local_resources, plan\n"
         "from evolve.plan import render\n"
         "render(plan(load(['conf=rstar_math']), local_resources()))\n"
         "sys.exit(' '.join({'torch', 'ray', 'vllm', 'transformers', 'datasets'} & set(sys.modules)) or None)"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, check=False)
     assert done.returncode == 0, done.stderr
+
+
+def test_cluster_that_does_not_answer_is_an_error_at_once(monkeypatch):
+    monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
+    with pytest.raises(ConfigError, match=r"address 127\.0\.0\.1:1: .*no Ray cluster answers"):
+        show_plan(load([]))
+
+
+def test_plan_is_printed_for_this_machine_where_there_is_no_cluster(monkeypatch, capsys):
+    monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    show_plan(load(["conf=smoke"]))
+    assert f"this cluster: 1 node, {local_resources().cpus:g} CPUs" in capsys.readouterr().out
