@@ -52,6 +52,13 @@ system:
 $(READY): pyproject.toml $(CONSTRAINTS)
 	@echo "setup: virtual environment in $(VENV) with $$($(PYTHON) --version) ($(EXTRA) extra; about 3 minutes, 5 GB)"
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "setup: Python 3.11 or newer is needed; name one: make PYTHON=python3.12")'
+	# A CPU build of torch would satisfy the gpu extra's pin, and the other way round.
+	for other in $(VENV)/.ready-*; do
+	  if [[ -e $$other && $$other != $@ ]]; then
+	    echo "setup: $(VENV) holds the $${other##*.ready-} extra; run make clean first" >&2
+	    exit 1
+	  fi
+	done
 	[[ -x $(VENV)/bin/python ]] || $(PYTHON) -m venv $(VENV)
 	torch=$$(grep '^torch==' $(CONSTRAINTS))
 	echo "setup: $$torch"

@@ -171,6 +171,14 @@ def test_set_up_does_nothing_the_second_time_and_notices_changed_pins(checkout):
     assert set_up(checkout)[1]
 
 
+def test_set_up_does_not_mix_two_extras(checkout):
+    (checkout / ".venv").mkdir()
+    (checkout / ".venv" / ".ready-gpu").touch()
+    status, calls = set_up(checkout)
+    assert status != 0
+    assert not [call for call in calls if "install" in call]
+
+
 def test_missing_system_packages_are_named_with_the_command_where_they_may_not_be_installed(tmp_path):
     for tool in ("bash", "make", "id", "env"):
         (tmp_path / tool).symlink_to(shutil.which(tool) or tool)
