@@ -145,10 +145,15 @@ def save_checkpoint(engine: Any, directory: Path, step: int, plan: str, history:
         (aside / "history.json").write_text(json.dumps(history))
         (aside / "meta.json").write_text(json.dumps({"step": step, "plan": plan}))
         publish(aside, directory / f"checkpoint-{step}")
-        for old in directory.glob("checkpoint-*"):
-            if old.name != f"checkpoint-{step}":
-                shutil.rmtree(old)
+        discard_checkpoints(directory, but=step)
     dist.barrier()
+
+
+def discard_checkpoints(directory: Path, but: int | None = None) -> None:
+    """Remove all checkpoints in `directory`, except that made after `but` steps."""
+    for old in directory.glob("checkpoint-*"):
+        if old.name != f"checkpoint-{but}":
+            shutil.rmtree(old)
 
 
 def find_checkpoint(directory: Path, plan: str) -> tuple[int, str | None]:

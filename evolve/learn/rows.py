@@ -16,7 +16,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -57,11 +57,13 @@ def from_table(table: pa.Table, row_type: type[Row]) -> list[Row]:
     """The rows of a table written by `to_table`."""
     names = [f.name for f in fields(row_type)]
     columns = [table.column(name).to_pylist() for name in names]
-    sequences = [pa.types.is_list(table.schema.field(name).type) for name in names]
-    return [
-        row_type(*(tuple(v) if sequence else v for v, sequence in zip(values, sequences, strict=True)))
-        for values in zip(*columns, strict=True)
-    ]
+    lists = {name for name in names if pa.types.is_list(table.schema.field(name).type)}
+    rows: list[Row] = []
+    for values in zip(*columns, strict=True):
+        named: dict[str, Any] = dict(zip(names, values, strict=True))
+        named.update({name: tuple(named[name]) for name in lists})
+        rows.append(row_type(**named))
+    return rows
 
 
 def write(table: pa.Table, path: str | Path) -> None:

@@ -81,7 +81,19 @@ class TrainerGroup:
         from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
 
-        trainer = TorchTrainer(
+        class Trainer(TorchTrainer):
+            """Without the process that watches the controller through Ray's dashboard.
+
+            It removes the placement group of a dead controller while its driver lives. Here the driver ends
+            with an error then, and its placement groups with it; and where no dashboard runs, it does
+            nothing but complain once a second.
+            """
+
+            def _create_default_callbacks(self) -> list[Any]:
+                callbacks = super()._create_default_callbacks()  # type: ignore[misc]
+                return [c for c in callbacks if type(c).__name__ != "PlacementGroupCleanerCallback"]
+
+        trainer = Trainer(
             serve,
             train_loop_config={
                 "mailbox": self._mailbox,
@@ -159,6 +171,13 @@ class TrainerGroup:
     def _check_alive(self, job: TrainJob) -> None:
         if self._thread is not None and not self._thread.is_alive():
             raise RuntimeError(f"the trainer group ended during the training of {job.output}") from self._error
+
+    def pids(self) -> dict[int, int]:
+        """Process id of each worker that has started, by rank."""
+        if self._mailbox is None:
+            return {}
+        workers = ray.get(self._mailbox.workers.remote(), timeout=60)
+        return {rank: pid for rank, (_, pid) in workers.items()}
 
     def _kill(self) -> None:
         """End workers that may hang."""

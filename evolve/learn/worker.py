@@ -50,8 +50,12 @@ def prepare_process(gpu: bool, cpus: float) -> None:
         torch.set_num_threads(max(1, int(cpus)))
     import deepspeed
     import deepspeed.ops
+    from transformers.utils import logging as transformers_logging
 
+    # The driver shows what happens; these would write over its progress line.
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
+    logging.getLogger("ray.train").setLevel(logging.WARNING)
+    transformers_logging.disable_progress_bar()
     # An optional all-reduce through shared memory, which would be compiled at first use for two minutes.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     deepspeed.init_distributed(dist_backend="nccl" if gpu else "gloo", auto_mpi_discovery=False, verbose=False)
@@ -199,6 +203,7 @@ class Training:
         resumed, complaint = _first_says(lambda: ds.find_checkpoint(self.job.partial, self.digest))
         if complaint and self.rank == 0:
             log.warning(complaint)
+            ds.discard_checkpoints(self.job.partial)
         before = self._evaluate() if not resumed else {}
         history: list[float] = []
         tokens = 0
