@@ -29,7 +29,7 @@ Row = tuple[list[int], list[int]]
 """Token ids of a prompt and of its completion."""
 
 MUON_LEARNING_RATE = 0.02
-ADAMW_LEARNING_RATE = 3e-3
+ADAMW_LEARNING_RATE = 5e-3
 WARMUP_STEPS = 30
 EMBEDDING_STD = 0.1
 """Standard deviation of the initial embeddings; the usual 0.02 learns to copy later."""
@@ -132,7 +132,7 @@ def _new_model(config: ToyConfig, tokenizer: PreTrainedTokenizerBase) -> Qwen2Fo
             dtype="float32",
         )
     )
-    torch.nn.init.normal_(model.get_input_embeddings().weight, std=EMBEDDING_STD)
+    torch.nn.init.normal_(model.lm_head.weight, std=EMBEDDING_STD)
     return model
 
 

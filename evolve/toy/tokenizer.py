@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import json
 from functools import cache
+from typing import Any
 
 from tokenizers import AddedToken, Tokenizer, models, trainers
 from tokenizers.pre_tokenizers import ByteLevel
@@ -37,18 +38,16 @@ def train() -> Qwen2Tokenizer:
     bpe.pre_tokenizer = Qwen2Tokenizer().backend_tokenizer.pre_tokenizer
     bpe.train_from_iterator(
         (_without_added(text) for text in _texts()),
-        trainers.BpeTrainer(
-            vocab_size=VOCABULARY, initial_alphabet=ByteLevel.alphabet(), show_progress=False
-        ),
+        trainers.BpeTrainer(vocab_size=VOCABULARY, initial_alphabet=ByteLevel.alphabet(), show_progress=False),
     )
     learned = json.loads(bpe.to_str())["model"]
-    tokenizer = Qwen2Tokenizer(
-        vocab=learned["vocab"],
-        merges=[tuple(merge) for merge in learned["merges"]],
-        unk_token=None,
-        eos_token=END_OF_TEXT,
-        pad_token=PAD,
-    )
+    options: dict[str, Any] = {
+        "merges": [tuple(merge) for merge in learned["merges"]],
+        "unk_token": None,
+        "eos_token": END_OF_TEXT,
+        "pad_token": PAD,
+    }
+    tokenizer = Qwen2Tokenizer(vocab=learned["vocab"], **options)
     tokenizer.add_tokens([AddedToken(text, normalized=False, special=False) for text in _ADDED])
     return tokenizer
 
