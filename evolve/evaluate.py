@@ -1,7 +1,7 @@
 """Evaluation on held-out problems: what the policy solves alone, with votes, and with its PPM, and what each costs.
 
-`Evaluator` collects one record a problem; `table` turns records into rows with 95 % intervals. All methods of one table see
-the same problems, and best-of-N, votes and pass@k the same samples, so that their differences are paired.
+`Evaluator` collects one record a problem; `table` turns records into rows with 95 % intervals. All methods of one
+table see the same problems, and best-of-N, votes and pass@k the same samples, so that their differences are paired.
 """
 
 from __future__ import annotations
@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -41,6 +42,8 @@ class EvalJob:
     max_depth: int
     concurrent: int
     """Problems at work at once in one evaluator."""
+    with_ppm: bool = False
+    """Whether the PPM that is loaded belongs to this evaluation."""
     beam_width: int = 0
     beam_candidates: int = 0
     search_rollouts: int = 0
@@ -131,7 +134,7 @@ class Evaluator:
         )
         if not record.skipped:
             await self._sample(bare, prompt, job, seed + 1, record)
-            if self.reward is not None:
+            if job.with_ppm:
                 record.beam = await self._beam(bare, prompt, job, seed + 2)
                 record.search = await self._search(bare, prompt, job, seed + 3)
         return record
@@ -145,7 +148,7 @@ class Evaluator:
         record.samples = [Sample(s.outcome is Outcome.CORRECT, -1, s.tokens, s.logprob) for s in solutions]
         for i, first in zip(answered, groups, strict=True):
             record.samples[i].group = answered[first]
-        if self.reward is None or not answered:
+        if not job.with_ppm or self.reward is None or not answered:
             return
         distinct = {solutions[i].token_ids: solutions[i].score_request(prompt) for i in answered}
         scores = dict(zip(distinct, await self.reward.score_raw(list(distinct.values())), strict=True))
@@ -216,6 +219,11 @@ def pass_at(record: Record, k: int) -> float:
     return 1.0 - float(np.prod([(n - c - i) / (n - i) for i in range(k)]))
 
 
+def _found_correct(get: Callable[[Record], Found | None], record: Record) -> float:
+    found = get(record)
+    return float(found is not None and found.correct)
+
+
 # --------------------------------------------------------------------------- tables
 
 
@@ -246,12 +254,12 @@ def table(records: Sequence[Record], resamples: int) -> list[EvalRow]:
             methods.append((f"PPM best-of-{k}", lambda r: float(best(r, lambda s: s.score)), sampled, scored))
         methods.append((f"pass@{k}", lambda r: pass_at(r, k), sampled, 0))
     for name, get in (("PPM beam", lambda r: r.beam), ("PPM-guided MCTS", lambda r: r.search)):
-        found = [get(r) for r in records if get(r) is not None]
+        found = [f for r in records if (f := get(r)) is not None]
         if found:
             methods.append(
                 (
                     name,
-                    lambda r, get=get: float((f := get(r)) is not None and f.correct),
+                    partial(_found_correct, get),
                     sum(f.tokens for f in found),
                     sum(f.scored_tokens for f in found),
                 )

@@ -278,6 +278,8 @@ class EvaluateConfig:
     samples: int = 8
     """k of pass@k, of the vote and of best-of-N."""
     temperature: float = 1.0
+    max_tokens: int = 2048
+    """Tokens of a whole solution's code."""
     beam_width: int = 2
     beam_candidates: int = 4
     search_rollouts: int = 0

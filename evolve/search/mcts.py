@@ -37,9 +37,12 @@ class MCTS:
             InfrastructureError: a node could not be expanded for the sandbox's own reasons.
         """
         growth = _Growth(self, tree, problem)
-        async with asyncio.TaskGroup() as group:
-            for _ in range(self.concurrent_rollouts):
-                group.create_task(growth.work())
+        try:
+            async with asyncio.TaskGroup() as group:
+                for _ in range(self.concurrent_rollouts):
+                    group.create_task(growth.work())
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
 
     def terminal_value(self, tree: Tree, node: int) -> float:
         """Value in [-1, 1] of reaching a terminal."""

@@ -1,0 +1,48 @@
+"""The evolution, top to bottom: `python -m evolve.driver [conf=NAME] [round=K] [key=value ...] [--plan]`.
+
+Running the same command again continues after the last finished tree and stage.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+
+from evolve.config import ConfigError, command
+from evolve.problems import ProblemsError
+from evolve.schema import EvolveConfig
+
+
+def main(argv: Sequence[str]) -> int:
+    """Drive a run; returns the exit status."""
+    try:
+        order = command(argv)
+        if order.plan:
+            from evolve.plan import show_plan
+
+            show_plan(order.config)
+        else:
+            evolve(order.config)
+    except (ConfigError, ProblemsError) as error:
+        print(error, file=sys.stderr)
+        return 2
+    return 0
+
+
+def evolve(config: EvolveConfig) -> None:
+    """Self-evolution as in rStar-Math: every round searches, learns from its trees, and is evaluated."""
+    from evolve import stages
+
+    with stages.open_run(config) as run:
+        for k in stages.rounds_to_do(run):
+            stages.grow_trees(run, k)
+            stages.extract_rows(run, k)
+            stages.evaluate(run, 0)
+            stages.train(run, k)
+            stages.evaluate(run, k)
+            stages.show(run, k)
+        stages.show_all(run)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))

@@ -1,0 +1,186 @@
+"""What a run has found: `report.json`, tables on the terminal, metrics as JSON lines, Weights & Biases.
+
+`report.json`:
+
+    run, config_digest, problems {train, test, digest, notes}
+    rounds[]: one entry a finished round, round 0 being the base model, with
+      round
+      search      trees, rollouts, problems, solved, coverage by difficulty {level: [solved, problems]}, classes
+                  {easy, medium, hard}, sampled_tokens, executions, infrastructure_failures, seconds
+      sft, ppm    rows, metrics (PPM: pair_accuracy on held-out problems), digest, seconds
+      evaluation  rows[]: method, accuracy {value, low, high}, problems, tokens, scored_tokens, detail
+      seconds     by stage
+
+Intervals are 95 % bootstrap intervals over problems; `detail.minus_majority` is the paired difference to the vote.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from collections.abc import Mapping
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from evolve.config import to_yaml
+from evolve.progress import duration
+from evolve.schema import EvolveConfig, WandbMode
+from evolve.store.files import publish_json
+from evolve.store.run import RunDirectory
+
+STAGES = ("search", "sft", "ppm", "evaluation")
+
+
+def build(run: RunDirectory, config: EvolveConfig) -> dict[str, Any]:
+    """The report of everything that the manifests name; written to `report.json` and returned."""
+    rounds = []
+    for number in range(len(config.rounds) + 1):
+        manifest = run.round(number).manifest()
+        if not manifest:
+            continue
+        entry: dict[str, Any] = {"round": number}
+        entry |= {stage: manifest[stage] for stage in STAGES if stage in manifest}
+        entry["seconds"] = {stage: manifest[stage].get("seconds", 0.0) for stage in STAGES if stage in manifest}
+        rounds.append(entry)
+    base = run.round(0).manifest().get("base", {})
+    digest = hashlib.sha256(to_yaml(config).encode()).hexdigest()
+    report = {"run": config.run.name, "config_digest": digest, "base": base, "rounds": rounds}
+    publish_json(run.report, report)
+    return report
+
+
+def show_round(report: Mapping[str, Any], number: int, console: Console) -> None:
+    """Print the tables of one round."""
+    entry = next((e for e in report["rounds"] if e["round"] == number), None)
+    if entry is None:
+        return
+    name = "Base model" if number == 0 else f"Round {number}"
+    if "search" in entry:
+        search = entry["search"]
+        table = Table(title=f"{name}: search", title_justify="left")
+        for column in ("difficulty", "problems", "solved", "coverage"):
+            table.add_column(column, justify="right")
+        for level, (solved, problems) in search["coverage"].items():
+            table.add_row(level, str(problems), str(solved), f"{solved / problems:.1%}")
+        table.add_row(
+            "all", str(search["problems"]), str(search["solved"]), f"{search['solved'] / search['problems']:.1%}"
+        )
+        console.print(table)
+    if "evaluation" in entry:
+        table = Table(title=f"{name}: held-out problems", title_justify="left")
+        for column in ("method", "correct", "95 % interval", "tokens", "PPM tokens", "minus majority"):
+            table.add_column(column, justify="left" if column == "method" else "right")
+        for row in entry["evaluation"]["rows"]:
+            accuracy, detail = row["accuracy"], row["detail"]
+            paired = (
+                f"{detail['minus_majority']:+.1%} [{detail['minus_majority_low']:+.1%}, "
+                f"{detail['minus_majority_high']:+.1%}]"
+                if "minus_majority" in detail
+                else ""
+            )
+            table.add_row(
+                row["method"],
+                f"{accuracy['value']:.1%}",
+                f"{accuracy['low']:.1%} to {accuracy['high']:.1%}",
+                f"{row['tokens']:,}",
+                f"{row['scored_tokens']:,}" if row["scored_tokens"] else "",
+                paired,
+            )
+        console.print(table)
+
+
+def show_run(report: Mapping[str, Any], console: Console) -> None:
+    """Print the closing table: one line a round."""
+    table = Table(title=f"Run {report['run']}", title_justify="left")
+    columns = ("round", "coverage", "greedy pass@1", "95 % interval", "majority", "PPM best-of-N", "pair accuracy")
+    for column in (*columns, "tokens sampled", "time by stage"):
+        table.add_column(column, justify="right")
+    for entry in report["rounds"]:
+        rows = {row["method"]: row for row in entry.get("evaluation", {}).get("rows", [])}
+        greedy = rows.get("greedy", {}).get("accuracy")
+        search, ppm = entry.get("search"), entry.get("ppm", {})
+        accuracy = ppm.get("metrics", {}).get("pair_accuracy")
+        times = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in entry["seconds"].items())
+        table.add_row(
+            "base" if entry["round"] == 0 else str(entry["round"]),
+            f"{search['solved'] / search['problems']:.1%}" if search else "",
+            f"{greedy['value']:.1%}" if greedy else "",
+            f"{greedy['low']:.1%} to {greedy['high']:.1%}" if greedy else "",
+            _accuracy(rows, "majority"),
+            _accuracy(rows, "PPM best-of"),
+            f"{accuracy:.1%}" if accuracy is not None else "",
+            f"{search['sampled_tokens']:,}" if search else "",
+            times,
+        )
+    console.print(table)
+
+
+def _accuracy(rows: Mapping[str, Any], beginning: str) -> str:
+    return next((f"{row['accuracy']['value']:.1%}" for name, row in rows.items() if name.startswith(beginning)), "")
+
+
+class Metrics:
+    """Metrics of a run: always appended to `metrics.jsonl`, and sent to W&B unless that is disabled.
+
+    One W&B run a round, under one group; its id is derived from the run directory's own, so that a continued round
+    goes on in the same W&B run. Without a key W&B writes offline files into the run directory.
+    """
+
+    def __init__(self, run: RunDirectory, config: EvolveConfig) -> None:
+        self._run, self._config = run, config
+        self._wandb: Any = None
+        self._round: int | None = None
+
+    def log(self, round_: int, values: Mapping[str, Any], **digests: str) -> None:
+        """Record numbers of a round under their slash-separated names."""
+        line = {"time": round(time.time(), 3), "round": round_, **values, **digests}
+        with self._run.metrics.open("a") as file:
+            file.write(json.dumps(line) + "\n")
+        if self._config.wandb.mode is WandbMode.disabled:
+            return
+        if self._round != round_:
+            self._open(round_)
+        self._wandb.config.update(digests, allow_val_change=True)
+        self._wandb.log(dict(values))
+
+    def _open(self, round_: int) -> None:
+        import wandb
+
+        self.close()
+        mode = self._config.wandb.mode
+        has_key = bool(os.environ.get("WANDB_API_KEY")) or _logged_in()
+        chosen: Any = ("online" if has_key else "offline") if mode is WandbMode.auto else mode.value
+        name = self._config.run.name
+        identity = hashlib.sha256(f"{self._run.path.resolve()}".encode()).hexdigest()[:8]
+        self._wandb = wandb.init(
+            project=self._config.wandb.project,
+            entity=self._config.wandb.entity,
+            group=f"{name}-{identity}",
+            name=f"{name} round {round_}",
+            id=f"{identity}-round-{round_}",
+            resume="allow",
+            mode=chosen,
+            dir=str(self._run.path),
+            config={"config": to_yaml(self._config), "round": round_},
+            settings=wandb.Settings(silent=True, console="off", disable_git=True),
+        )
+        self._round = round_
+
+    def close(self) -> None:
+        """Finish the W&B run that is open."""
+        if self._wandb is not None:
+            self._wandb.finish()
+            self._wandb, self._round = None, None
+
+
+def _logged_in() -> bool:
+    import netrc
+
+    try:
+        return netrc.netrc().authenticators("api.wandb.ai") is not None
+    except (FileNotFoundError, netrc.NetrcParseError):
+        return False

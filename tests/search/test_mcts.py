@@ -1,0 +1,177 @@
+"""Monte Carlo tree search on the digit world."""
+
+import asyncio
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parent))
+from doubles import PROBLEM, DigitFormat, DigitVerifier, LengthReward, RandomPolicy
+
+from evolve.search.beam import Beam, chosen
+from evolve.search.expand import Expander, InfrastructureError
+from evolve.search.mcts import MCTS
+from evolve.search.tree import Tree
+from evolve.search.uct import UCT
+from evolve.store.trees import from_table, to_table
+from evolve.types import Candidate, NodeKind, Outcome, Sampling
+
+
+def grown(
+    seed: int = 1,
+    rollouts: int = 24,
+    *,
+    policy: RandomPolicy | None = None,
+    verifier: DigitVerifier | None = None,
+    augmented: bool = False,
+    at_once: int = 1,
+    max_depth: int = 6,
+) -> Tree:
+    tree = Tree(PROBLEM.id, 1, 0, seed, (1, 2, 3))
+    expander = Expander(
+        policy or RandomPolicy(),
+        verifier or DigitVerifier(),
+        DigitFormat(),
+        Sampling(stop=(";",)),
+        candidates=4,
+        max_depth=max_depth,
+        reward=LengthReward() if augmented else None,
+    )
+    rule = UCT(rollouts=rollouts, augmented=augmented)
+    asyncio.run(MCTS(expander, rule, at_once).grow(tree, PROBLEM))
+    return tree
+
+
+@pytest.mark.parametrize("augmented", [False, True])
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_every_rollout_ends_in_a_terminal_or_a_dead_end_and_is_counted_once(augmented: bool, at_once: int) -> None:
+    for seed in range(10):
+        tree = grown(seed, augmented=augmented, at_once=at_once, policy=RandomPolicy(0.002))
+        assert tree.rollouts == tree.visits[0] == 24
+        for node in range(len(tree)):
+            below = sum(tree.visits[child] for child in tree.children[node])
+            if tree.kind[node] in (NodeKind.STEP, NodeKind.ROOT):
+                assert tree.visits[node] == below
+            assert -1.0 <= tree.q(node) <= 1.0
+
+
+def test_the_same_seed_gives_the_same_tree_whatever_the_engine_delays() -> None:
+    fast, slow = grown(3), grown(3, policy=RandomPolicy(0.003))
+    assert to_table([fast]).equals(to_table([slow]))
+
+
+def test_different_seeds_give_different_trees() -> None:
+    assert len({tuple(grown(seed).text) for seed in range(6)}) == 6
+
+
+def test_a_tree_survives_the_way_through_arrow_unchanged() -> None:
+    tree = grown(5, augmented=True)
+    [again] = from_table(to_table([tree]))
+    assert to_table([again]).equals(to_table([tree]))
+    assert again.children == tree.children
+    assert again.prompt_ids == tree.prompt_ids
+
+
+def test_steps_that_fail_are_recorded_but_never_entered() -> None:
+    tree = grown(2)
+    failed = [node for node in range(len(tree)) if tree.code[node] == "!"]
+    assert failed
+    assert all(tree.visits[node] == 0 and tree.kind[node] is NodeKind.DEAD for node in failed)
+
+
+def test_code_continues_from_the_code_of_its_own_ancestors() -> None:
+    verifier = DigitVerifier()
+    tree = grown(4, verifier=verifier)
+    for node in range(1, len(tree)):
+        if tree.code[node]:
+            assert (tree.prefix_code(tree.parent[node]), tree.code[node]) in verifier.checked
+
+
+def test_all_distinct_answers_of_a_node_are_kept() -> None:
+    tree = grown(1, rollouts=60)
+    answers = [tree.answer[node] for node in tree.terminals()]
+    assert len(set(answers)) > 1
+
+
+def test_equal_samples_are_one_child_and_executed_once() -> None:
+    verifier = DigitVerifier()
+    tree = grown(6, verifier=verifier)
+    for children in tree.children:
+        texts = [tree.text[child] for child in children]
+        assert len(texts) == len(set(texts))
+        if children:
+            assert sum(tree.copies[child] for child in children) == 4
+    assert len(verifier.checked) == sum(map(bool, tree.code))
+
+
+def test_a_terminal_can_be_visited_again_and_counts_again() -> None:
+    tree = grown(1, rollouts=80)
+    assert max(tree.visits[node] for node in tree.terminals()) > 1
+
+
+def test_failures_of_the_sandbox_leave_no_label() -> None:
+    trees = [grown(seed, verifier=DigitVerifier(lose=["+2"])) for seed in range(8)]
+    assert sum(tree.infrastructure_failures for tree in trees) > 0
+    assert all("+2" not in tree.code for tree in trees)
+
+
+def test_a_node_whose_candidates_are_all_lost_stops_the_tree() -> None:
+    with pytest.raises(InfrastructureError, match="the sandbox is gone"):
+        grown(2, verifier=DigitVerifier(lose=["+1", "+2", "+3"]))
+
+
+def test_an_answer_that_could_not_be_graded_is_neither_right_nor_wrong() -> None:
+    tree = grown(2, verifier=DigitVerifier(outcome=Outcome.TIMEOUT))
+    assert list(tree.terminals()) == []
+    assert tree.infrastructure_failures > 0
+
+
+def test_a_depth_limit_ends_in_a_dead_end_that_lowers_the_tree() -> None:
+    tree = grown(1, rollouts=4, max_depth=1)
+    assert tree.rollouts <= 4
+    assert all(tree.kind[node] is not NodeKind.STEP for node in range(1, len(tree)))
+
+
+class Silent(RandomPolicy):
+    """Has no room for the prompt."""
+
+    async def propose(self, prefixes: object, n: int, sampling: Sampling) -> list[list[Candidate]]:
+        return [[]]
+
+
+def test_a_tree_without_any_candidate_ends_and_says_so() -> None:
+    tree = grown(policy=Silent())
+    assert tree.note
+    assert len(tree) == 1
+
+
+def test_siblings_are_scored_in_one_batch() -> None:
+    reward = LengthReward()
+    tree = Tree(PROBLEM.id, 1, 0, 1, (1, 2, 3))
+    expander = Expander(RandomPolicy(), DigitVerifier(), DigitFormat(), Sampling(), 8, 6, reward)
+    asyncio.run(MCTS(expander, UCT(rollouts=10, augmented=True)).grow(tree, PROBLEM))
+    expanded = sum(
+        any((tree.status[c].value == "ok" and tree.kind[c] is not NodeKind.DEAD) or tree.visits[c] for c in children)
+        for children in tree.children
+    )
+    assert len(reward.batches) <= sum(tree.expanded)
+    assert len(reward.batches) >= expanded
+
+
+def test_beam_search_attaches_children_to_their_own_parents_once_a_solution_is_finished() -> None:
+    for seed in range(20):
+        tree = Tree(PROBLEM.id, 1, 0, seed, (1, 2, 3))
+        verifier = DigitVerifier()
+        expander = Expander(RandomPolicy(), verifier, DigitFormat(), Sampling(), 6, 6, LengthReward())
+        asyncio.run(Beam(expander, width=3).grow(tree, PROBLEM))
+        for node in tree.terminals():
+            assert tree.answer[node] == str(sum(int(code) for code in tree.prefix_code(tree.parent[node])))
+        found = chosen(tree)
+        assert found is None or tree.kind[found] is NodeKind.TERMINAL
+
+
+def test_beam_search_without_a_ppm_is_refused() -> None:
+    expander = Expander(RandomPolicy(), DigitVerifier(), DigitFormat(), Sampling(), 6, 6)
+    with pytest.raises(ValueError, match="PPM"):
+        asyncio.run(Beam(expander, 2).grow(Tree("p", 1, 0, 0, (1,)), PROBLEM))
