@@ -33,7 +33,8 @@ class PolicyEngine(Engine):
         """`n` continuations of each prefix (token ids), in the prefixes' order.
 
         With a seed, prefix i is sampled with `sampling.seed + i * n` and its j-th sample with a
-        further `+ j`, so that no two samples of a call share their randomness. A prefix that leaves
+        further `+ j`, so that no two samples of a call share their randomness. At temperature 0 the `n`
+        are one sample, repeated. A prefix that leaves
         no room for `sampling.max_tokens` is not cut: its list is empty, and it is counted in
         `stats()["refused"]`.
         """
@@ -137,13 +138,16 @@ class PolicyEngine(Engine):
             self._counts["refused"] += 1
             return []
         llm = self._started()
-        parameters = self._parameters(n, sampling)
+        # vLLM refuses several greedy samples; they would be the same.
+        greedy = sampling.temperature == 0
+        parameters = self._parameters(1 if greedy else n, sampling)
         prompt = {"prompt_token_ids": list(prefix)}
         output = await self._run(n, lambda: llm.generate(prompt, parameters, self._request_id()))
         self._counts["prompt_tokens"] += len(prefix)
         self._counts["generated_tokens"] += sum(len(sample.token_ids) for sample in output.outputs)
         samples = sorted(output.outputs, key=lambda sample: sample.index)
-        return [self._candidate(sample, sampling.stop) for sample in samples]
+        candidates = [self._candidate(sample, sampling.stop) for sample in samples]
+        return candidates * n if greedy else candidates
 
     def _candidate(self, sample: Any, stop: tuple[str, ...]) -> Candidate:
         """A vLLM completion, cut after the token that completes a boundary, without an end token."""

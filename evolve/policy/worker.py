@@ -1,0 +1,28 @@
+"""What runs inside vLLM's worker process: loading another checkpoint in place."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+class WorkerExtension:
+    """Mixed into vLLM's worker class (`worker_extension_cls`); methods are called by `collective_rpc`."""
+
+    model_runner: Any
+
+    def load_checkpoint(self, path: str) -> int:
+        """Load the weights of a checkpoint directory into the running model; return how many layers were repacked.
+
+        vLLM's CPU build keeps a packed copy of each matrix for its kernels. `reload_weights` (0.32) packs
+        again what it loads, but an output layer tied to the embedding is not in the checkpoint: it would go
+        on multiplying with the old copy. So every layer that kept its plain matrix is packed again.
+        """
+        self.model_runner.reload_weights(weights_path=path)
+        repacked = 0
+        for layer in self.model_runner.get_model().modules():
+            if hasattr(layer, "cpu_linear") and layer.weight.numel():
+                from vllm.model_executor.layers.utils import dispatch_cpu_unquantized_gemm
+
+                dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
+                repacked += 1
+        return repacked
