@@ -65,9 +65,7 @@ class Lane:
         self.began = self.began_cpu = 0.0
 
     def pump(self) -> None:
-        """Send what waits, when the worker is free; take back what it has had for too long."""
-        if self.deadline is not None and time.monotonic() >= self.deadline:
-            self._check()
+        """Send what waits, when the worker is free."""
         if not self.waiting or self.sent:
             return
         if self.channel is None:
@@ -80,8 +78,9 @@ class Lane:
         self.deadline = self.began + PATIENCE_S
         try:
             self.channel.send(b"".join((b"[", b",".join(_encode(job) for job in batch), b"]")))
-        except OSError:  # Too long for a packet, or the worker is gone.
-            self._give_up()
+        except OSError:  # Too long for a packet, or the worker is gone: dealt with at the next turn.
+            self.deadline = 0.0
+            self.began = -WALL_S
 
     def _start(self) -> None:
         """Have the light server fork a worker."""
@@ -97,7 +96,7 @@ class Lane:
         try:
             socket.send_fds(server.channel, [b"A"], [theirs.fileno()])
         except OSError:
-            self._give_up()
+            self.deadline = 0.0
         finally:
             theirs.close()
 
@@ -147,9 +146,11 @@ class Lane:
         job.lane = False
         self.owner.ready.append(job)
 
-    def _check(self) -> None:
-        """A deadline has passed: is the worker at work, or only waiting for a core?"""
+    def check(self) -> None:
+        """Take back what the worker has had for too long, unless it was only waiting for a core."""
         now = time.monotonic()
+        if self.deadline is None or now < self.deadline:
+            return
         if self.sent and self.pid:
             spent = time.clock_gettime(self.clock) - self.began_cpu
             if spent < PATIENCE_S and now - self.began < WALL_S:

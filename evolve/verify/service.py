@@ -138,7 +138,7 @@ class _Link(asyncio.Protocol):
         self.process: subprocess.Popen[bytes] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        assert isinstance(transport, asyncio.Transport)
+        # Not an isinstance check: the transports of uvloop, which Ray actors run on, are of no asyncio class.
         self.transport = transport
 
     def data_received(self, data: bytes) -> None:

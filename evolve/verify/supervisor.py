@@ -169,6 +169,7 @@ class Supervisor:
                     else:
                         self._dispatch(fd)
                 self._check_limits()
+                self.lane.check()
                 self._pump()
                 self.lane.pump()
                 self._flush()
@@ -369,7 +370,9 @@ class Supervisor:
         try:
             node.pidfd = os.pidfd_open(pid)
         except ProcessLookupError:
-            self._on_death(node)
+            # It ran and died before this: the code's doing, as its parent did fork.
+            self._stop_parent(node)
+            self._fail(node, "crash", "the interpreter died of the code")
             return
         node.pid = pid
         node.clock = (~pid << 3) | 2
