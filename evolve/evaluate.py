@@ -143,15 +143,18 @@ class Evaluator:
         fmt = format_named(job.format)
         sampler = Sampler(self.policy, self.verifier, fmt, Sampling(job.temperature, job.top_p, job.max_tokens))
         solutions = await sampler.solve(problem, prompt, job.samples, seed)
-        answered = [i for i, s in enumerate(solutions) if s.answer is not None]
-        groups = await self.verifier.group([solutions[i].answer or "" for i in answered])
         record.samples = [Sample(s.outcome is Outcome.CORRECT, -1, s.tokens, s.logprob) for s in solutions]
+        answered = [i for i, s in enumerate(solutions) if s.answer is not None]
+        if not answered:
+            return
+        groups = await self.verifier.group([solutions[i].answer or "" for i in answered])
         for i, first in zip(answered, groups, strict=True):
             record.samples[i].group = answered[first]
-        if not job.with_ppm or self.reward is None or not answered:
+        if not job.with_ppm or self.reward is None:
             return
         distinct = {solutions[i].token_ids: solutions[i].score_request(prompt) for i in answered}
-        scores = dict(zip(distinct, await self.reward.score_raw(list(distinct.values())), strict=True))
+        scored = await self.reward.score_steps(list(distinct.values()))
+        scores = {ids: steps[-1] for ids, steps in zip(distinct, scored, strict=True)}
         record.scored_tokens = sum(len(prompt) + len(ids) for ids in distinct)
         for i in answered:
             record.samples[i].score = scores[solutions[i].token_ids]

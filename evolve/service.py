@@ -227,9 +227,9 @@ class RemoteReward:
     async def score(self, requests: Sequence[ScoreRequest]) -> list[float]:
         return await self.client.call("score", requests)
 
-    async def score_raw(self, requests: Sequence[ScoreRequest]) -> list[float]:
-        """Unbounded scores: what `score` squashes into (-1, 1)."""
-        return await self.client.call("score_raw", requests)
+    async def score_steps(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
+        """Unbounded score of every step of each request."""
+        return await self.client.call("score_steps", requests)
 
     async def stats(self) -> Mapping[str, float]:
         return await self.client.call("stats")
