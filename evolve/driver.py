@@ -9,6 +9,7 @@ import sys
 from collections.abc import Sequence
 
 from evolve.config import ConfigError, command
+from evolve.errors import EvolveError
 from evolve.problems import ProblemsError
 from evolve.schema import EvolveConfig
 
@@ -26,6 +27,9 @@ def main(argv: Sequence[str]) -> int:
     except (ConfigError, ProblemsError) as error:
         print(error, file=sys.stderr)
         return 2
+    except EvolveError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
     return 0
 
 

@@ -20,9 +20,9 @@ from evolve.search.expand import Expander
 from evolve.search.mcts import MCTS
 from evolve.search.sample import Sampler
 from evolve.search.seeds import derive
-from evolve.search.tree import Tree
 from evolve.search.uct import UCT
 from evolve.service import RemotePolicy, RemoteReward, RemoteVerifier, ServiceClient
+from evolve.tree import Tree
 from evolve.types import EvalRow, Interval, Outcome, Problem, Sampling
 
 

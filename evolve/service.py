@@ -18,6 +18,7 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError
 
+from evolve.errors import EvolveError
 from evolve.types import Candidate, Outcome, Problem, Sampling, ScoreRequest, Verdict
 
 COLLECT_WAIT_S = 10.0
@@ -26,7 +27,7 @@ GATHER_S = 0.001
 """How long an answer waits for others to travel with."""
 
 
-class ServiceError(RuntimeError):
+class ServiceError(EvolveError):
     """An actor did not answer in time, or died more often than it may be restarted."""
 
 

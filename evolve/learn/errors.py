@@ -1,5 +1,8 @@
 """What learning refuses."""
 
 
-class LearningError(ValueError):
+from evolve.errors import EvolveError
+
+
+class LearningError(EvolveError, ValueError):
     """Rows or settings that no repetition can make trainable; never retried."""

@@ -19,8 +19,8 @@ from evolve.learn.pairs import deduplicate, mine
 from evolve.learn.selection import clean_trajectories, select
 from evolve.policy.formats import format_named
 from evolve.schema import PPMConfig, SFTConfig
-from evolve.search.tree import ROOT, Tree
 from evolve.store.trees import read_part
+from evolve.tree import ROOT, Tree
 from evolve.types import Step, StepPair, Trajectory
 
 

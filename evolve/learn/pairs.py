@@ -12,7 +12,7 @@ from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 from evolve.schema import PPMConfig
-from evolve.search.tree import ROOT, Tree
+from evolve.tree import ROOT, Tree
 from evolve.types import StepPair
 
 STEP = "step"

@@ -11,7 +11,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 
 from evolve.schema import SFTConfig
-from evolve.search.tree import Tree
+from evolve.tree import Tree
 from evolve.types import Status, Trajectory
 
 

@@ -8,8 +8,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from evolve.search.expand import Expander, live_children
-from evolve.search.tree import ROOT, Tree
 from evolve.search.uct import UCT
+from evolve.tree import ROOT, Tree
 from evolve.types import NodeKind, Problem
 
 _RULE = UCT(rollouts=0, augmented=True)

@@ -6,8 +6,8 @@ import asyncio
 from dataclasses import dataclass, replace
 
 from evolve.search.seeds import derive
-from evolve.search.tree import ROOT, Tree
 from evolve.search.uct import TreePolicy
+from evolve.tree import ROOT, Tree
 from evolve.types import (
     Answer,
     Candidate,

@@ -13,8 +13,8 @@ from random import Random
 
 from evolve.search.expand import Expander, bury, live_children
 from evolve.search.seeds import derive
-from evolve.search.tree import ROOT, Tree
 from evolve.search.uct import TreePolicy, choose
+from evolve.tree import ROOT, Tree
 from evolve.types import NodeKind, Problem
 
 DEAD_VALUE = -1.0

@@ -20,10 +20,10 @@ from evolve.search.budget import TreeSummary, TreeTask
 from evolve.search.expand import Expander, InfrastructureError
 from evolve.search.mcts import MCTS
 from evolve.search.seeds import tree_seed
-from evolve.search.tree import Tree
 from evolve.search.uct import UCT
 from evolve.service import RemotePolicy, RemoteReward, RemoteVerifier, ServiceClient
 from evolve.store.trees import TreeKey, to_batch, write_part
+from evolve.tree import Tree
 from evolve.types import Problem, RoundPlan, Sampling
 
 PART_TREES = 64

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from random import Random
 from typing import Protocol
 
-from evolve.search.tree import Tree
+from evolve.tree import Tree
 
 
 class TreePolicy(Protocol):

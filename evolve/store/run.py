@@ -29,10 +29,11 @@ from typing import Any
 
 import psutil
 
+from evolve.errors import EvolveError
 from evolve.store.files import publish_json
 
 
-class RunError(RuntimeError):
+class RunError(EvolveError):
     """A run directory cannot be used as asked; the message says why and what to do."""
 
 

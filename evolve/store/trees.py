@@ -16,8 +16,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from evolve.search.tree import ROOT, Tree
 from evolve.store.files import file_digest, publish_file
+from evolve.tree import ROOT, Tree
 from evolve.types import NodeKind, Status
 
 _TREE_FIELDS = [

@@ -13,8 +13,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-PEOPLE = ("Tom", "Ann", "Ben", "Mia", "Leo", "Eva", "Sam", "Zoe")
-ITEMS = ("apples", "coins", "cards", "pens", "shells", "eggs", "nuts", "stones")
+PEOPLE = ("Tom", "Ann", "Ben", "Mia", "Leo", "Eva")
+ITEMS = ("apples", "coins", "cards", "shells", "eggs", "nuts")
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,31 +63,31 @@ EVENTS: dict[str, tuple[Form, ...]] = {
     ),
     "compare": (
         Form("{q} has {n} more {i} than {p}.", "{q} = {p} + {n}"),
-        Form("{q} has {n} times as many {i} as {p}.", "{q} = {p} * {n}", n=SMALL),
+        Form("{q} has {n} times the {i} of {p}.", "{q} = {p} * {n}", n=SMALL),
         Form("{p} has {n} more {i} than {q}.", "{q} = {p} - {n}", "{q} = {p} + {n}", 0.30),
         Form("{p} and {q} have {k} {i} together.", "{q} = {k} - {p}", "{q} = {k}", 0.20, k="p + x"),
     ),
     "multiply": (
-        Form("{p}'s {i} become {n} times as many.", "{p} *= {n}", n=SMALL),
+        Form("{p}'s {i} become {n} times more.", "{p} *= {n}", n=SMALL),
         Form("{p}'s {i} double.", "{p} *= 2"),
         Form("Each of {p}'s {i} turns into {n}.", "{p} *= {n}", "{p} += {n}", 0.45, n=SMALL),
         Form("{p} gets {n} {i} for each one held.", "{p} += {p} * {n}", "{p} += {n}", 0.20, n=SMALL),
     ),
     "add_groups": (
         Form("{p} buys {n} bags of {m} {i}.", "{p} += {n} * {m}", n=(2, 9)),
-        Form("{p} finds {n} boxes with {m} {i} each.", "{p} += {n} * {m}", n=(2, 9)),
+        Form("{p} finds {n} boxes of {m} {i}.", "{p} += {n} * {m}", n=(2, 9)),
         Form("For {n} days {p} picks {m} {i} a day.", "{p} += {n} * {m}", "{p} += {m}", 0.30, n=(2, 9)),
         Form("{m} {i} reach {p} on each of {n} days.", "{p} += {n} * {m}", "{p} += {n} + {m}", 0.10, n=(2, 9)),
     ),
     "subtract_groups": (
         Form("{p} sells {n} bags of {m} {i}.", "{p} -= {n} * {m}", n=(2, 9)),
-        Form("{p} loses {n} boxes with {m} {i} each.", "{p} -= {n} * {m}", n=(2, 9)),
+        Form("{p} loses {n} boxes of {m} {i}.", "{p} -= {n} * {m}", n=(2, 9)),
         Form("{n} friends each take {m} {i} from {p}.", "{p} -= {n} * {m}", "{p} -= {m}", 0.45, n=(2, 9)),
         Form("For {n} days {p} eats {m} {i} a day.", "{p} -= {n} * {m}", "{p} += {n} * {m}", 0.20, n=(2, 9)),
     ),
     "divide": (
-        Form("{p} keeps one of {n} equal piles of {i}.", "{p} //= {n}", n=SMALL),
-        Form("{p} splits the {i} among {n} and keeps one share.", "{p} //= {n}", n=SMALL),
+        Form("{p} splits by {n} and keeps one part.", "{p} //= {n}", n=SMALL),
+        Form("{p} keeps only one share of {n}.", "{p} //= {n}", n=SMALL),
         Form("{p}'s {i} are halved.", "{p} //= 2", "{p} -= 2", 0.45),
         Form("Only one in {n} of {p}'s {i} is left.", "{p} //= {n}", "{p} -= {n}", 0.30, n=SMALL),
     ),
@@ -98,10 +98,10 @@ EVENTS: dict[str, tuple[Form, ...]] = {
         Form("{n} {i} go from {p} to {q}.", "{p} -= {n}; {q} += {n}", "{q} += {n}", 0.20),
     ),
     "remainder": (
-        Form("{p} fills boxes of {n} {i} and keeps the rest.", "{p} %= {n}", n=(4, 12)),
-        Form("{p} sells full bags of {n} {i} and keeps the rest.", "{p} %= {n}", n=(4, 12)),
-        Form("Only {i} that fill no box of {n} stay with {p}.", "{p} %= {n}", "{p} //= {n}", 0.30, n=(4, 12)),
-        Form("{p} eats {n} {i} at a time as long as it goes.", "{p} %= {n}", "{p} -= {n}", 0.10, n=(4, 12)),
+        Form("{p} fills boxes of {n} and keeps the rest.", "{p} %= {n}", n=(4, 12)),
+        Form("{p} sells all full bags of {n}.", "{p} %= {n}", n=(4, 12)),
+        Form("Only what fills no box of {n} stays with {p}.", "{p} %= {n}", "{p} //= {n}", 0.30, n=(4, 12)),
+        Form("{p} eats by {n} as long as it goes.", "{p} %= {n}", "{p} -= {n}", 0.10, n=(4, 12)),
     ),
     "percent": (
         Form("{p} gets {n} percent more {i}.", "{p} += {p} * {n} // 100", n=(10, 50)),
@@ -132,15 +132,15 @@ EVENTS: dict[str, tuple[Form, ...]] = {
 
 QUESTIONS: dict[str, tuple[Form, ...]] = {
     "amount": (
-        Form("How many {i} does {p} have?", "print({p})"),
-        Form("How many {i} are left for {p}?", "print({p})"),
+        Form("How many {i} has {p}?", "print({p})"),
+        Form("How many are left for {p}?", "print({p})"),
     ),
     "sum": (
-        Form("How many {i} do {p} and {q} have together?", "print({p} + {q})"),
-        Form("How many {i} are there in all?", "print({p} + {q})", "print({p})", 0.45),
+        Form("How many have {p} and {q} together?", "print({p} + {q})"),
+        Form("How many are there in all?", "print({p} + {q})", "print({p})", 0.45),
     ),
     "difference": (
-        Form("How many more {i} does {p} have than {q}?", "print({p} - {q})"),
-        Form("How many {i} is {q} behind {p}?", "print({p} - {q})", "print({q} - {p})", 0.30),
+        Form("How many more has {p} than {q}?", "print({p} - {q})"),
+        Form("How many is {q} behind {p}?", "print({p} - {q})", "print({q} - {p})", 0.30),
     ),
 }

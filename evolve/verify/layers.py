@@ -170,7 +170,8 @@ def command(layers: Layers, kind: str, fd: int, memory_mb: int) -> list[str]:
     sites = sorted({str(path.parent) for path in site_paths().values()})
     paths = [f"{INSIDE}/site"] if inside else sites
     base = str(Path(sys.base_prefix).resolve())
-    outside = [p for p in ("/usr/lib", "/usr/lib64", "/lib", "/lib64", base) if Path(p).exists()]
+    here = str(Path(__file__).parent)
+    outside = [p for p in (here, "/usr/lib", "/usr/lib64", "/lib", "/lib64", base) if Path(p).exists()]
     settings = {
         "kind": kind,
         "fd": fd,

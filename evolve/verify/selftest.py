@@ -145,7 +145,7 @@ class SelfTest:
         spare = 2.0 if alone else 10.0
         problem = Problem(f"{snippet.name}-{time.monotonic_ns()}", "", (GOLD,))
         report = Report(snippet.name, "", 0.0)
-        before = descendants() if alone else {}
+        before = await self.awake() if alone else 0
         for index, step in enumerate(snippet.prefix_steps):
             verdict = await self.run(problem, snippet.prefix_steps[:index], step, 10, 3)
             if not verdict.ok:
@@ -182,17 +182,21 @@ class SelfTest:
         if size > self.config.output_bytes or len(verdict.message) > MESSAGE_MOST:
             report.failures.append(f"output of {size} bytes, message of {len(verdict.message)} characters")
 
-    async def look_for_leftovers(self, before: dict[int, str], report: Report) -> None:
-        """What runs below this process, beyond what ran before, must be stopped snapshots, all of them known."""
+    async def awake(self) -> int:
+        """Processes below this one that are not stopped, without the lane's workers, which come and go."""
+        workers = int((await self.verifier.stats())["lane_workers"])
+        return sum(state != "T" for state in descendants().values()) - workers
+
+    async def look_for_leftovers(self, before: int, report: Report) -> None:
+        """Beyond the `before` processes that were awake there must be stopped snapshots only, all known."""
         for _ in range(50):
+            awake = await self.awake()
             snapshots = int((await self.verifier.stats())["snapshots"])
-            now = descendants()
-            idle = [pid for pid in now if now[pid] == "T"]
-            awake = [pid for pid in now if now[pid] != "T"]
-            if len(idle) == snapshots and len(awake) <= sum(state != "T" for state in before.values()):
+            idle = sum(state == "T" for state in descendants().values())
+            if idle == snapshots and awake <= before:
                 return
             await asyncio.sleep(0.02)
-        report.failures.append(f"left over: {len(awake)} awake, {len(idle)} stopped for {snapshots} snapshots")
+        report.failures.append(f"left over: {awake - before} awake, {idle} stopped for {snapshots} snapshots")
 
     async def all(self, snippets: list[Snippet], concurrency: int) -> list[Report]:
         """Run all snippets, `concurrency` at a time; above 1 beside ordinary work."""
@@ -211,7 +215,7 @@ class SelfTest:
             async with gate:
                 return _say(await self.one(snippet, alone=False))
 
-        before = descendants()
+        before = await self.awake()
         workers = [asyncio.ensure_future(ordinary(number)) for number in range(2)]
         reports = list(await asyncio.gather(*map(gated, snippets)))
         done.set()

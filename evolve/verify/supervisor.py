@@ -240,6 +240,7 @@ class Supervisor:
             "snapshot_bytes": self.memory,
             "servers": sum(s.state is ServerState.READY for s in self.servers.values()),
             "queued": len(self.ready) + len(self.active),
+            "lane_workers": int(self.lane.pid != 0),
         }
 
     def watch(self, channel: socket.socket, owner: Any) -> None:
@@ -549,8 +550,10 @@ class Supervisor:
 
     def _refuse_waiting(self, kind: str, why: str) -> None:
         """A kind of server does not start: its requests have failed for the sandbox's own reasons."""
-        waiting = [job for job in self.ready if job.kind == kind]
+        waiting = [job for job in (*self.ready, *self.lane.waiting) if job.kind == kind]
         self.ready = deque(job for job in self.ready if job.kind != kind)
+        if kind == "light":
+            self.lane.waiting.clear()
         for job in waiting:
             job.index = job.last
             self.finish(job, "infrastructure", {"m": why}, 0.0, 0.0)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from evolve.learn.pairs import deduplicate, mine, node_key, normalise
 from evolve.learn.split import held_out
 from evolve.schema import PPMConfig
-from evolve.search.tree import ROOT, Tree
+from evolve.tree import ROOT, Tree
 from evolve.types import NodeKind
 
 STEPS = PPMConfig(trajectory_pairs=False)

@@ -7,7 +7,7 @@ import pytest
 
 from evolve.learn.selection import clean_trajectories, select
 from evolve.schema import SFTConfig
-from evolve.search.tree import ROOT, Tree
+from evolve.tree import ROOT, Tree
 from evolve.types import NodeKind, Status, Trajectory
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evolve.search.tree import Tree
+from evolve.tree import Tree
 from evolve.search.uct import UCT, choose
 from evolve.types import NodeKind
 

@@ -1,0 +1,5 @@
+"""Failures that are the user's to mend: shown as one message, without a traceback."""
+
+
+class EvolveError(RuntimeError):
+    """Something cannot go on; the message says what, where, and how to mend it."""
