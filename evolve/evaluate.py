@@ -251,7 +251,7 @@ def table(records: Sequence[Record], resamples: int) -> list[EvalRow]:
         methods += [
             ("pass@1 sampled", lambda r: pass_at(r, 1), sampled // k, 0),
             (f"majority@{k}", lambda r: float(majority(r)), sampled, 0),
-            (f"policy log-probability best-of-{k}", lambda r: float(best(r, lambda s: s.logprob)), sampled, 0),
+            (f"log-probability best-of-{k}", lambda r: float(best(r, lambda s: s.logprob)), sampled, 0),
         ]
         if scored:
             methods.append((f"PPM best-of-{k}", lambda r: float(best(r, lambda s: s.score)), sampled, scored))

@@ -85,7 +85,7 @@ def show_round(report: Mapping[str, Any], number: int, console: Console) -> None
             table.add_row(
                 row["method"],
                 f"{accuracy['value']:.1%}",
-                f"{accuracy['low']:.1%} to {accuracy['high']:.1%}",
+                _range(accuracy),
                 f"{row['tokens']:,}",
                 f"{row['scored_tokens']:,}" if row["scored_tokens"] else "",
                 paired,
@@ -96,27 +96,34 @@ def show_round(report: Mapping[str, Any], number: int, console: Console) -> None
 def show_run(report: Mapping[str, Any], console: Console) -> None:
     """Print the closing table: one line a round."""
     table = Table(title=f"Run {report['run']}", title_justify="left")
-    columns = ("round", "coverage", "greedy pass@1", "95 % interval", "majority", "PPM best-of-N", "pair accuracy")
-    for column in (*columns, "tokens sampled", "time by stage"):
+    columns = ("round", "coverage", "greedy", "95 %", "majority", "PPM best", "pairs", "tokens", *STAGES)
+    for column in columns:
         table.add_column(column, justify="right")
     for entry in report["rounds"]:
         rows = {row["method"]: row for row in entry.get("evaluation", {}).get("rows", [])}
         greedy = rows.get("greedy", {}).get("accuracy")
         search, ppm = entry.get("search"), entry.get("ppm", {})
         accuracy = ppm.get("metrics", {}).get("pair_accuracy")
-        times = ", ".join(f"{stage} {duration(seconds)}" for stage, seconds in entry["seconds"].items())
         table.add_row(
             "base" if entry["round"] == 0 else str(entry["round"]),
             f"{search['solved'] / search['problems']:.1%}" if search else "",
             f"{greedy['value']:.1%}" if greedy else "",
-            f"{greedy['low']:.1%} to {greedy['high']:.1%}" if greedy else "",
+            _range(greedy) if greedy else "",
             _accuracy(rows, "majority"),
             _accuracy(rows, "PPM best-of"),
             f"{accuracy:.1%}" if accuracy is not None else "",
             f"{search['sampled_tokens']:,}" if search else "",
-            times,
+            *(duration(entry["seconds"][stage]) if stage in entry["seconds"] else "" for stage in STAGES),
         )
     console.print(table)
+    console.print(
+        "coverage: training problems solved by search; greedy, majority, PPM best: held-out problems; pairs: accuracy "
+        "of the PPM on held-out step pairs; tokens: sampled by the search; then the time of each stage."
+    )
+
+
+def _range(accuracy: Mapping[str, float]) -> str:
+    return f"{accuracy['low']:.1%}-{accuracy['high']:.1%}"
 
 
 def _accuracy(rows: Mapping[str, Any], beginning: str) -> str:

@@ -6,8 +6,10 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from evolve.learn.errors import LearningError
+from evolve.learn.errors import LearningError, TrainingTimeoutError
 from evolve.learn.jobs import TrainJob, TrainResult
+
+Outcome = TrainResult | LearningError | TrainingTimeoutError
 
 
 class Mailbox:
@@ -15,7 +17,7 @@ class Mailbox:
 
     def __init__(self) -> None:
         self._jobs: list[TrainJob] = []
-        self._outcomes: list[TrainResult | LearningError] = []
+        self._outcomes: list[Outcome] = []
         self._progress: dict[int, dict[str, float]] = {}
         self._workers: dict[int, tuple[Any, int]] = {}
         self._closed = False
@@ -57,12 +59,12 @@ class Mailbox:
     async def progress(self, index: int, metrics: dict[str, float]) -> None:
         self._progress[index] = metrics
 
-    async def finish(self, index: int, outcome: TrainResult | LearningError) -> None:
+    async def finish(self, index: int, outcome: Outcome) -> None:
         if index == len(self._outcomes):
             self._outcomes.append(outcome)
         await self._notify()
 
-    async def outcome(self, index: int, wait_s: float) -> tuple[TrainResult | LearningError | None, dict[str, float]]:
+    async def outcome(self, index: int, wait_s: float) -> tuple[Outcome | None, dict[str, float]]:
         """The outcome of job `index` (None: not yet) and its latest metrics."""
         await self._until(lambda: index < len(self._outcomes), wait_s)
         done = self._outcomes[index] if index < len(self._outcomes) else None

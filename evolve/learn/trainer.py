@@ -24,7 +24,7 @@ from typing import Any
 
 import ray
 
-from evolve.learn.errors import LearningError
+from evolve.learn.errors import TrainingTimeoutError
 from evolve.learn.jobs import TrainJob, TrainResult, Workers
 from evolve.learn.mailbox import Mailbox
 from evolve.learn.worker import serve
@@ -33,10 +33,8 @@ OnProgress = Callable[[TrainJob, Mapping[str, float]], None]
 
 _WAIT_S = 0.5
 _CLOSE_S = 30.0
-
-
-class TrainingTimeoutError(TimeoutError):
-    """A training or the start of its workers took longer than it may."""
+_HANG_S = 120.0
+"""How long after a job's time limit its workers, which see to it themselves, are taken to hang."""
 
 
 class TrainerGroup:
@@ -133,14 +131,14 @@ class TrainerGroup:
     def _fit(self, job: TrainJob, on_progress: OnProgress | None) -> TrainResult:
         index = ray.get(self._mailbox.submit.remote(job), timeout=60)
         self._await_start(job)
-        deadline = time.monotonic() + job.config.timeout_s
+        deadline = time.monotonic() + job.config.timeout_s + _HANG_S
         seen: dict[str, float] = {}
         while True:
             outcome, metrics = ray.get(self._mailbox.outcome.remote(index, _WAIT_S), timeout=60)
             if metrics != seen and on_progress is not None:
                 on_progress(job, metrics)
             seen = metrics
-            if isinstance(outcome, LearningError):
+            if isinstance(outcome, Exception):
                 raise outcome
             if outcome is not None:
                 return outcome
@@ -149,8 +147,9 @@ class TrainerGroup:
                 at = f"step {seen['step']:.0f} of {seen['steps']:.0f}" if seen else "no step done"
                 self._kill()
                 raise TrainingTimeoutError(
-                    f"{job.kind} training of {job.output} is not done after {job.config.timeout_s:.0f} s ({at}); "
-                    "raise `timeout_s`, or run again to go on from the last checkpoint"
+                    f"{job.kind} training of {job.output} hangs: its workers did not stop at the limit of "
+                    f"{job.config.timeout_s:.0f} s ({at}) and were killed; run again to go on from the last "
+                    "checkpoint"
                 )
 
     def _await_start(self, job: TrainJob) -> None:

@@ -18,9 +18,10 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from evolve.learn import rows
-from evolve.learn.errors import LearningError
+from evolve.learn.errors import LearningError, TrainingTimeoutError
 from evolve.learn.forest import Pairs
 from evolve.learn.jobs import RESULT_FILE, TrainJob, TrainResult
+from evolve.learn.mailbox import Outcome
 from evolve.learn.packing import Completions, MicroBatch, plan_steps, worker_batches
 from evolve.learn.split import held_out
 from evolve.schema import PPMConfig, ScoreForm
@@ -89,11 +90,11 @@ def serve(settings: Mapping[str, Any]) -> None:
         def report(metrics: Mapping[str, float], at: int = index) -> None:
             mailbox.progress.remote(at, dict(metrics))
 
-        outcome: TrainResult | LearningError
+        outcome: Outcome
         try:
             outcome = run_job(job, report)
-        except LearningError as error:
-            # Every worker finds the same fault in the same rows; the group is sound and goes on.
+        except (LearningError, TrainingTimeoutError) as error:
+            # Raised by every worker alike; the group is sound and goes on.
             outcome = error
         else:
             ray.train.report({"job": index, **outcome.metrics})
@@ -211,10 +212,10 @@ class Training:
             ds.load_checkpoint(self.engine, self.job.partial, resumed)
             kept = json.loads((self.job.partial / f"checkpoint-{resumed}" / "history.json").read_text())
             history, tokens, before = kept["history"], kept["tokens"], kept["before"]
-        last: dict[str, float] = {}
         told = 0.0
         for step in range(resumed, len(self.plan)):
             last = self._step(step)
+            late = bool(last.pop("late")) and step + 1 < len(self.plan)
             history.append(last["loss"])
             tokens += int(last["tokens"])
             if self.rank == 0:
@@ -222,13 +223,30 @@ class Training:
                 if time.monotonic() - told > _PROGRESS_S:
                     told = time.monotonic()
                     self.report(last)
-            if (step + 1) % self.config.checkpoint_steps == 0 and step + 1 < len(self.plan):
+            if late or ((step + 1) % self.config.checkpoint_steps == 0 and step + 1 < len(self.plan)):
                 extra = {"history": history, "tokens": tokens, "before": before}
                 ds.save_checkpoint(self.engine, self.job.partial, step + 1, self.digest, extra)
+            if late:
+                raise TrainingTimeoutError(
+                    f"{self.job.kind} training of {self.job.output} is not done after "
+                    f"{self.config.timeout_s:.0f} s (step {step + 1} of {len(self.plan)}); raise `timeout_s`, or "
+                    "run again to go on from here"
+                )
+        return self._publish(self._summary(history, tokens, resumed, last, before))
+
+    def _summary(
+        self,
+        history: list[float],
+        tokens: int,
+        resumed: int,
+        last: Mapping[str, float],
+        before: Mapping[str, float],
+    ) -> dict[str, float]:
+        """The metrics that `TrainResult` describes."""
         seconds = time.monotonic() - self.started
-        tail = history[-max(1, round(len(history) / self.config.epochs)) :]
-        metrics = {
-            "loss": float(np.mean(tail)),
+        last_epoch = history[-max(1, round(len(history) / self.config.epochs)) :]
+        metrics: dict[str, float] = {
+            "loss": float(np.mean(last_epoch)),
             "first_loss": history[0],
             "steps": len(self.plan),
             "items": len(self.data.lengths),
@@ -239,14 +257,12 @@ class Training:
             "unsupervised": self.data.unsupervised,
             "resumed_from": resumed,
         }
-        if isinstance(self.data, Pairs):
-            after = self._evaluate()
-            metrics |= {"pairs": self.data.pairs, "pair_accuracy_train": last.get("accuracy", 0.0)} | after
-            if before:
-                metrics["pair_accuracy_before"] = before["pair_accuracy"]
-        else:
-            metrics["token_accuracy"] = last.get("accuracy", 0.0)
-        return self._publish(metrics)
+        if isinstance(self.data, Completions):
+            return metrics | {"token_accuracy": last["accuracy"]}
+        metrics |= {"pairs": self.data.pairs, "pair_accuracy_train": last["accuracy"]} | self._evaluate()
+        if before:
+            metrics["pair_accuracy_before"] = before["pair_accuracy"]
+        return metrics
 
     def _step(self, step: int) -> dict[str, float]:
         """One optimiser step over all workers. Its loss is a mean over the whole batch, however it is dealt."""
@@ -265,7 +281,7 @@ class Training:
         torch.manual_seed(self.job.seed + step)
         begin = time.monotonic()
         batches = worker_batches(items, self.data.lengths, self.config.rows_tokens, self.workers, self.rank)
-        total = torch.zeros(2, dtype=torch.float64, device=self.device)
+        total = torch.zeros(3, dtype=torch.float64, device=self.device)
         self.engine.train()
         for number, batch in enumerate(batches):
             loss, right = self._forward(self.data, batch)
@@ -273,7 +289,9 @@ class Training:
             # The engine averages over workers; the factor turns that into the sum that `weight` divides.
             self.engine.backward(loss * (self.workers / weight))
             self.engine.step()
-            total += torch.stack([loss.detach().double(), right.double()])
+            total[:2] += torch.stack([loss.detach().double(), right.double()])
+        # Clocks differ; whether time is up must not.
+        total[2] = time.monotonic() - self.started > self.config.timeout_s
         dist.all_reduce(total)
         if not torch.isfinite(total[0]):
             raise LearningError(
@@ -293,6 +311,7 @@ class Training:
             "tokens": tokens,
             "tokens_per_second": tokens / (time.monotonic() - begin),
             "elapsed_s": time.monotonic() - self.started,
+            "late": float(total[2]),
         }
 
     def _forward(self, data: Data, batch: MicroBatch) -> tuple[Any, Any]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -64,7 +65,7 @@ def open_run(config: EvolveConfig) -> Iterator[Run]:
     Raises:
         RunError, ProblemsError: before anything is started.
     """
-    console, line = Console(), ProgressLine()
+    console, line = Console(width=None if sys.stdout.isatty() else 120), ProgressLine()
     directory = RunDirectory(Path(config.run.dir, config.run.name).absolute())
     problems = load_problems(config)
     for note in problems.notes:

@@ -1,5 +1,8 @@
 """Everything the tiny world can say: kinds of event, their surface forms, and the code they mean.
 
+Sentences are short and end differently: a policy this small finds the next sentence to quote by the
+end of the last one, and loses its place where all end alike.
+
 A template's fields: `{p}` a person, `{q}` the other person, `{i}` the thing counted, `{n}`, `{m}`,
 `{k}` numbers; in code `{p}` and `{q}` stand for the persons' variables.
 
@@ -43,89 +46,89 @@ SMALL = (2, 5)
 
 OPENING = (
     Form("{p} has {n} {i}.", "{p} = {n}", n=(6, 60)),
-    Form("{p} starts with {n} {i}.", "{p} = {n}", n=(6, 60)),
-    Form("{p} has {n} pairs of {i}.", "{p} = {n} * 2", "{p} = {n}", 0.30, n=(4, 30)),
-    Form("{p} has {n} dozen {i}.", "{p} = {n} * 12", "{p} = {n} * 10", 0.45, n=(2, 6)),
+    Form("{p} has {n} {i} at first.", "{p} = {n}", n=(6, 60)),
+    Form("{p} has {i}, {n} pairs.", "{p} = {n} * 2", "{p} = {n}", 0.30, n=(4, 30)),
+    Form("{p} has {i}, {n} dozen.", "{p} = {n} * 12", "{p} = {n} * 10", 0.45, n=(2, 6)),
 )
 
 EVENTS: dict[str, tuple[Form, ...]] = {
     "add": (
-        Form("{p} buys {n} more {i}.", "{p} += {n}"),
-        Form("{p} finds {n} {i}.", "{p} += {n}"),
-        Form("Someone leaves {n} {i} for {p}.", "{p} += {n}", "{p} -= {n}", 0.45),
-        Form("{p} borrows {n} {i}.", "{p} += {n}", "{p} -= {n}", 0.20),
+        Form("{p} buys {n} more.", "{p} += {n}"),
+        Form("{p} finds {n} outside.", "{p} += {n}"),
+        Form("A friend leaves {n} for {p}.", "{p} += {n}", "{p} -= {n}", 0.45),
+        Form("{p} borrows {n}.", "{p} += {n}", "{p} -= {n}", 0.20),
     ),
     "subtract": (
-        Form("{p} loses {n} {i}.", "{p} -= {n}"),
-        Form("{p} sells {n} {i}.", "{p} -= {n}"),
-        Form("{n} of {p}'s {i} go bad.", "{p} -= {n}", "{p} += {n}", 0.30),
-        Form("{p} pays a toll of {n} {i}.", "{p} -= {n}", "{p} = {n}", 0.10),
+        Form("{p} loses {n}.", "{p} -= {n}"),
+        Form("{p} sells {n} today.", "{p} -= {n}"),
+        Form("For {p} {n} go bad.", "{p} -= {n}", "{p} += {n}", 0.30),
+        Form("{p} pays {n} as toll.", "{p} -= {n}", "{p} = {n}", 0.10),
     ),
     "compare": (
-        Form("{q} has {n} more {i} than {p}.", "{q} = {p} + {n}"),
-        Form("{q} has {n} times the {i} of {p}.", "{q} = {p} * {n}", n=SMALL),
-        Form("{p} has {n} more {i} than {q}.", "{q} = {p} - {n}", "{q} = {p} + {n}", 0.30),
-        Form("{p} and {q} have {k} {i} together.", "{q} = {k} - {p}", "{q} = {k}", 0.20, k="p + x"),
+        Form("{q} has {n} more than {p}.", "{q} = {p} + {n}"),
+        Form("{q} has {n} times those of {p}.", "{q} = {p} * {n}", n=SMALL),
+        Form("{p} has {n} more than {q}.", "{q} = {p} - {n}", "{q} = {p} + {n}", 0.30),
+        Form("{p} and {q} own {k} together.", "{q} = {k} - {p}", "{q} = {k}", 0.20, k="p + x"),
     ),
     "multiply": (
-        Form("{p}'s {i} become {n} times more.", "{p} *= {n}", n=SMALL),
+        Form("{p}'s {i} become {n} times as many.", "{p} *= {n}", n=SMALL),
         Form("{p}'s {i} double.", "{p} *= 2"),
-        Form("Each of {p}'s {i} turns into {n}.", "{p} *= {n}", "{p} += {n}", 0.45, n=SMALL),
-        Form("{p} gets {n} {i} for each one held.", "{p} += {p} * {n}", "{p} += {n}", 0.20, n=SMALL),
+        Form("Each one of {p} turns into {n}.", "{p} *= {n}", "{p} += {n}", 0.45, n=SMALL),
+        Form("{p} gets {n} for each held.", "{p} += {p} * {n}", "{p} += {n}", 0.20, n=SMALL),
     ),
     "add_groups": (
-        Form("{p} buys {n} bags of {m} {i}.", "{p} += {n} * {m}", n=(2, 9)),
-        Form("{p} finds {n} boxes of {m} {i}.", "{p} += {n} * {m}", n=(2, 9)),
-        Form("For {n} days {p} picks {m} {i} a day.", "{p} += {n} * {m}", "{p} += {m}", 0.30, n=(2, 9)),
-        Form("{m} {i} reach {p} on each of {n} days.", "{p} += {n} * {m}", "{p} += {n} + {m}", 0.10, n=(2, 9)),
+        Form("{p} buys {n} bags of {m}.", "{p} += {n} * {m}", n=(2, 9)),
+        Form("{p} finds {n} boxes, {m} in each.", "{p} += {n} * {m}", n=(2, 9)),
+        Form("For {n} days {p} picks {m} daily.", "{p} += {n} * {m}", "{p} += {m}", 0.30, n=(2, 9)),
+        Form("On {n} days {p} receives {m} by mail.", "{p} += {n} * {m}", "{p} += {n} + {m}", 0.10, n=(2, 9)),
     ),
     "subtract_groups": (
-        Form("{p} sells {n} bags of {m} {i}.", "{p} -= {n} * {m}", n=(2, 9)),
-        Form("{p} loses {n} boxes of {m} {i}.", "{p} -= {n} * {m}", n=(2, 9)),
-        Form("{n} friends each take {m} {i} from {p}.", "{p} -= {n} * {m}", "{p} -= {m}", 0.45, n=(2, 9)),
-        Form("For {n} days {p} eats {m} {i} a day.", "{p} -= {n} * {m}", "{p} += {n} * {m}", 0.20, n=(2, 9)),
+        Form("{p} sells {n} bags of {m}.", "{p} -= {n} * {m}", n=(2, 9)),
+        Form("{p} loses {n} boxes, {m} in each.", "{p} -= {n} * {m}", n=(2, 9)),
+        Form("From {p} {n} friends take {m} apiece.", "{p} -= {n} * {m}", "{p} -= {m}", 0.45, n=(2, 9)),
+        Form("For {n} days {p} eats {m} at noon.", "{p} -= {n} * {m}", "{p} += {n} * {m}", 0.20, n=(2, 9)),
     ),
     "divide": (
-        Form("{p} splits by {n} and keeps one part.", "{p} //= {n}", n=SMALL),
-        Form("{p} keeps only one share of {n}.", "{p} //= {n}", n=SMALL),
+        Form("{p} splits by {n} and keeps a part.", "{p} //= {n}", n=SMALL),
+        Form("{p} keeps one share of {n}.", "{p} //= {n}", n=SMALL),
         Form("{p}'s {i} are halved.", "{p} //= 2", "{p} -= 2", 0.45),
-        Form("Only one in {n} of {p}'s {i} is left.", "{p} //= {n}", "{p} -= {n}", 0.30, n=SMALL),
+        Form("For {p} one in {n} remains.", "{p} //= {n}", "{p} -= {n}", 0.30, n=SMALL),
     ),
     "give": (
-        Form("{p} gives {n} {i} to {q}.", "{p} -= {n}; {q} += {n}"),
-        Form("{p} sends {n} {i} to {q}.", "{p} -= {n}; {q} += {n}"),
-        Form("{p} gets {n} {i} from {q}.", "{p} += {n}; {q} -= {n}", "{p} -= {n}; {q} += {n}", 0.45),
-        Form("{n} {i} go from {p} to {q}.", "{p} -= {n}; {q} += {n}", "{q} += {n}", 0.20),
+        Form("{p} gives {n} to {q}.", "{p} -= {n}; {q} += {n}"),
+        Form("{p} sends {n} over to {q}.", "{p} -= {n}; {q} += {n}"),
+        Form("{p} gets {n} from {q}.", "{p} += {n}; {q} -= {n}", "{p} -= {n}; {q} += {n}", 0.45),
+        Form("Off {p} comes {n} to {q}.", "{p} -= {n}; {q} += {n}", "{q} += {n}", 0.20),
     ),
     "remainder": (
         Form("{p} fills boxes of {n} and keeps the rest.", "{p} %= {n}", n=(4, 12)),
-        Form("{p} sells all full bags of {n}.", "{p} %= {n}", n=(4, 12)),
-        Form("Only what fills no box of {n} stays with {p}.", "{p} %= {n}", "{p} //= {n}", 0.30, n=(4, 12)),
-        Form("{p} eats by {n} as long as it goes.", "{p} %= {n}", "{p} -= {n}", 0.10, n=(4, 12)),
+        Form("{p} sells every full bag of {n}.", "{p} %= {n}", n=(4, 12)),
+        Form("{p} keeps what fills no box of {n}.", "{p} %= {n}", "{p} //= {n}", 0.30, n=(4, 12)),
+        Form("{p} eats by {n} while possible.", "{p} %= {n}", "{p} -= {n}", 0.10, n=(4, 12)),
     ),
     "percent": (
-        Form("{p} gets {n} percent more {i}.", "{p} += {p} * {n} // 100", n=(10, 50)),
-        Form("{p} loses {n} percent of the {i}.", "{p} -= {p} * {n} // 100", n=(10, 50)),
-        Form("A bonus of {n} percent goes to {p}.", "{p} += {p} * {n} // 100", "{p} += {n}", 0.45, n=(10, 50)),
-        Form("{p} is left with {n} percent.", "{p} = {p} * {n} // 100", "{p} -= {p} * {n} // 100", 0.30, n=(10, 50)),
+        Form("{p} gains {n} percent.", "{p} += {p} * {n} // 100", n=(10, 50)),
+        Form("{p} loses {n} percent.", "{p} -= {p} * {n} // 100", n=(10, 50)),
+        Form("{p} earns a {n} percent bonus.", "{p} += {p} * {n} // 100", "{p} += {n}", 0.45, n=(10, 50)),
+        Form("{p} saves {n} percent only.", "{p} = {p} * {n} // 100", "{p} -= {p} * {n} // 100", 0.30, n=(10, 50)),
     ),
     "equation": (
-        Form("{p} buys x {i} where {n} x + {m} = {k}.", "{p} += ({k} - {m}) // {n}", n=SMALL, k="n * x + m"),
-        Form("{p} loses x {i} where {n} x + {m} = {k}.", "{p} -= ({k} - {m}) // {n}", n=SMALL, k="n * x + m"),
+        Form("{p} buys x where {n} x + {m} = {k}.", "{p} += ({k} - {m}) // {n}", n=SMALL, k="n * x + m"),
+        Form("{p} loses x where {n} x + {m} = {k}.", "{p} -= ({k} - {m}) // {n}", n=SMALL, k="n * x + m"),
         Form(
-            "{p} buys x {i} where {n} x - {m} = {k}.",
+            "{p} buys x where {n} x - {m} = {k}.",
             "{p} += ({k} + {m}) // {n}", "{p} += ({k} - {m}) // {n}", 0.30, n=SMALL, k="n * x - m",
         ),
         Form(
-            "{p} finds x {i} where x / {n} + {m} = {k}.",
+            "{p} finds x where x / {n} + {m} = {k}.",
             "{p} += ({k} - {m}) * {n}", "{p} += ({k} - {m}) // {n}", 0.20, n=SMALL, k="x + m",
         ),
     ),
     "distractor": (
         Form("{p} is {n} years old.", "pass"),
         Form("{p} sees {n} birds.", "pass"),
-        Form("{p} almost buys {n} {i}.", "pass", "{p} += {n}", 0.30),
-        Form("{p} fears to lose {n} {i}.", "pass", "{p} -= {n}", 0.45),
+        Form("{p} almost wins {n}.", "pass", "{p} += {n}", 0.30),
+        Form("{p} fears to miss {n}.", "pass", "{p} -= {n}", 0.45),
     ),
 }  # fmt: skip
 """Kinds of event, simplest first."""

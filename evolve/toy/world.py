@@ -3,7 +3,7 @@
 A problem tells how much one or two people have, what happens to it in 1 to 6 *events* (its
 difficulty), and asks for an amount, a sum or a difference:
 
-    Tom has 12 apples. Tom buys 5 more apples. How many apples does Tom have?
+    Tom has 12 apples. Tom buys 5 more. How many apples has Tom?
 
 Its solution has one step a sentence: a comment that quotes the sentence, and one line of Python.
 The last step prints the answer. This is the exact text, in the step format `printed`

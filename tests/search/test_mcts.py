@@ -12,9 +12,9 @@ from doubles import PROBLEM, DigitFormat, DigitVerifier, LengthReward, RandomPol
 from evolve.search.beam import Beam, chosen
 from evolve.search.expand import Expander, InfrastructureError
 from evolve.search.mcts import MCTS
-from evolve.tree import Tree
 from evolve.search.uct import UCT
 from evolve.store.trees import from_table, to_table
+from evolve.tree import Tree
 from evolve.types import Candidate, NodeKind, Outcome, Sampling
 
 

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evolve.tree import Tree
 from evolve.search.uct import UCT, choose
+from evolve.tree import Tree
 from evolve.types import NodeKind
 
 

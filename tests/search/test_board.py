@@ -1,0 +1,141 @@
+"""The board: budgets, escalation, and what happens to trees that are given back."""
+
+from pathlib import Path
+
+import pytest
+
+from evolve.schema import Generator, ValueKind
+from evolve.search.board import MAX_ATTEMPTS, Board, summarise
+from evolve.search.budget import EscalatingBudget, TreeSummary, difficulty_class
+from evolve.store.trees import Part, TreeKey, write_part
+from evolve.tree import Tree
+from evolve.types import NodeKind, Problem, RoundPlan
+
+PROBLEMS = [Problem(f"p{number}", "?", ("1",), difficulty=number % 2) for number in range(4)]
+
+
+def plan(trees: int = 1, retry_trees: int = 1, escalation: tuple[int, ...] = ()) -> RoundPlan:
+    return RoundPlan(4, Generator.previous, ValueKind.terminal, 16, 8, 2.0, trees, retry_trees, escalation)
+
+
+def summary(problem: str, number: int, correct: int = 0, wrong: int = 1) -> TreeSummary:
+    return TreeSummary(problem, number, 5, correct, wrong, 16, 100, 0, 4, 0)
+
+
+def board(tmp_path: Path, budget: RoundPlan, finished: tuple[TreeSummary, ...] = ()) -> Board:
+    parts = {TreeKey(s.problem_id, s.number): "part-old.parquet" for s in finished}
+    return Board(EscalatingBudget(budget), PROBLEMS, finished, parts, tmp_path)
+
+
+def drain(some: Board, solve: dict[str, int]) -> list[tuple[str, int, int]]:
+    """Grow everything; a problem is solved by the tree whose number `solve` names."""
+    grown = []
+    while (tasks := some.take("s", 3)) is not None:
+        for task in tasks:
+            grown.append((task.problem.id, task.number, task.rollouts))
+            correct = int(solve.get(task.problem.id) == task.number)
+            some.publish([(summary(task.problem.id, task.number, correct), [None])])
+    return grown
+
+
+def test_a_problem_unsolved_gets_another_tree_and_a_solved_one_does_not(tmp_path: Path) -> None:
+    grown = drain(board(tmp_path, plan()), {"p0": 0, "p1": 1})
+    assert sorted(grown) == [
+        ("p0", 0, 16),
+        ("p1", 0, 16),
+        ("p1", 1, 16),
+        *((p, n, 16) for p in ("p2", "p3") for n in (0, 1)),
+    ]
+
+
+def test_escalation_gives_more_rollouts_to_what_is_still_unsolved(tmp_path: Path) -> None:
+    grown = drain(board(tmp_path, plan(trees=2, retry_trees=0, escalation=(64, 128))), {"p0": 1, "p1": 2})
+    by_problem = {p: [r for q, _, r in sorted(grown) if q == p] for p in ("p0", "p1", "p2")}
+    assert by_problem == {"p0": [16, 16], "p1": [16, 16, 64], "p2": [16, 16, 64, 128]}
+
+
+def test_trees_that_are_durable_already_are_not_grown_again(tmp_path: Path) -> None:
+    done = (summary("p0", 0, correct=1), summary("p1", 0), summary("p1", 1))
+    grown = drain(board(tmp_path, plan(), done), {})
+    assert {(p, n) for p, n, _ in grown} == {(p, n) for p in ("p2", "p3") for n in (0, 1)}
+
+
+def test_a_tree_published_twice_counts_once(tmp_path: Path) -> None:
+    some = board(tmp_path, plan(retry_trees=0))
+    some.take("s", 4)
+    for _ in range(2):
+        some.publish([(summary("p0", 0, correct=1), [None])])
+    assert some.progress().trees == 1
+
+
+def test_a_dead_shards_trees_are_grown_by_another(tmp_path: Path) -> None:
+    some = board(tmp_path, plan(retry_trees=0))
+    first = some.take("dies", 4)
+    assert first is not None
+    assert some.take("lives", 4) == []
+    some.give_back("dies")
+    assert some.take("lives", 4) == first
+
+
+def test_a_tree_that_fails_again_and_again_stops_the_round_and_names_the_reason(tmp_path: Path) -> None:
+    some = board(tmp_path, plan(retry_trees=0))
+    key = TreeKey("p0", 0)
+    for _ in range(MAX_ATTEMPTS):
+        some.take("s", 8)
+        some.give_back("s", [(key, "no sandbox")])
+    assert "no sandbox" in some.progress().failure
+    assert some.take("s", 1) is None
+
+
+def test_a_round_is_done_only_when_its_trees_are_durable(tmp_path: Path) -> None:
+    some = board(tmp_path, plan(retry_trees=0))
+    tasks = some.take("s", 8) or []
+    some.publish([(summary(task.problem.id, 0, correct=1), [None]) for task in tasks])
+    assert not some.progress().done
+    some.durable(Part("part-a.parquet", "", tuple(TreeKey(p.id, 0) for p in PROBLEMS)))
+    assert some.progress().done
+
+
+def test_coverage_counts_solved_problems_by_difficulty(tmp_path: Path) -> None:
+    some = board(tmp_path, plan(retry_trees=0), (summary("p0", 0, 1), summary("p1", 0), summary("p2", 0, 2, 0)))
+    progress = some.progress()
+    assert progress.coverage == {"0": (2, 2), "1": (0, 1)}
+    assert progress.classes == {"medium": 1, "hard": 1, "easy": 1}
+    assert some.unsolved() == ["p1"]
+
+
+@pytest.mark.parametrize(
+    ("correct", "wrong", "expected"), [(3, 0, "easy"), (1, 5, "medium"), (0, 5, "hard"), (0, 0, "hard")]
+)
+def test_difficulty_classes_are_those_of_rstar_math(correct: int, wrong: int, expected: str) -> None:
+    assert difficulty_class([summary("p", 0, correct, wrong)]) == expected
+
+
+def small_tree(problem: str) -> Tree:
+    tree = Tree(problem, 1, 0, 9, (5, 6))
+    step = tree.add(0, NodeKind.STEP, "# a", "a = 1", (7,), (-0.5,))
+    tree.add(step, NodeKind.TERMINAL, "# b", "print(a)", (8,), (-0.25,), answer="1", correct=True)
+    for node in (0, 1, 2):
+        tree.visits[node], tree.value_sum[node] = 2, 2.0
+    tree.rollouts, tree.sampled_tokens = 2, 12
+    return tree
+
+
+def test_summaries_of_a_continued_round_are_those_of_its_part_files(tmp_path: Path) -> None:
+    write_part(tmp_path, "part-a.parquet", [small_tree("p0"), small_tree("p1")])
+    found = summarise(tmp_path, ["part-a.parquet"])
+    assert [(s.problem_id, s.correct, s.wrong, s.rollouts, s.sampled_tokens) for s in found] == [
+        ("p0", 1, 0, 2, 12),
+        ("p1", 1, 0, 2, 12),
+    ]
+
+
+def test_q_values_of_a_durable_tree_are_read_from_its_part(tmp_path: Path) -> None:
+    write_part(tmp_path, "part-a.parquet", [small_tree("p0"), small_tree("p1")])
+    parts = {TreeKey(p, 0): "part-a.parquet" for p in ("p0", "p1")}
+    some = Board(EscalatingBudget(plan()), PROBLEMS, summarise(tmp_path, ["part-a.parquet"]), parts, tmp_path)
+    table = some.q_values("p1")
+    assert table.column("q").to_pylist() == [1.0, 1.0, 1.0]
+    assert table.column("visits").to_pylist() == [2, 2, 2]
+    with pytest.raises(KeyError, match="p3"):
+        some.q_values("p3")
