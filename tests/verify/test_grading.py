@@ -1,0 +1,205 @@
+"""Which answers are equal, which text states which answer, and what grading through the verifier gives."""
+
+import asyncio
+import json
+import re
+import time
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from evolve.schema import VerifierConfig
+from evolve.types import Outcome, Problem
+from evolve.verify.grading import equiv, extract_answer, group
+from evolve.verify.service import SandboxVerifier
+
+DATA = Path(__file__).parents[3] / "shared" / "data"
+
+EQUAL = [
+    ("1 \\pm \\sqrt{19}", "1 + \\sqrt{19}, 1 - \\sqrt{19}"),
+    ("1 \\pm \\sqrt{19}", "[1 - sqrt(19), 1 + sqrt(19)]"),
+    ("3\\sqrt{13}", "3*sqrt(13)"),
+    ("6 - 5i", "6 - 5*I"),
+    ("\\left( 3, \\frac{\\pi}{2} \\right)", "(3, pi/2)"),
+    ("3, 5, 7", "[3, 5, 7]"),
+    ("3, 5, 7", "7,5,3"),
+    ("\\{1\\pm\\sqrt{5},-2\\}", "{-2, 1 - sqrt(5), 1 + sqrt(5)}"),
+    ("(0,9) \\cup (9,36)", "(9,36) \\cup (0,9)"),
+    ("x \\in [-2,7]", "[-2,7]"),
+    ("y = 2x + 3", "y = 3 + 2x"),
+    ("x^5 - x^4 + 1", "x**5 - x**4 + 1"),
+    ("\\text{(C)}", "C"),
+    ("\\text{Evelyn}", "evelyn."),
+    ("50\\%", "0.5"),
+    ("50\\%", "50"),
+    ("50%", "50 percent"),
+    ("\\$18.90", "18.90 dollars"),
+    ("1\\frac{4}{5}", "9/5"),
+    ("90^\\circ", "90 degrees"),
+    ("\\frac{270}7\\text{ degrees}", "\\frac{270}{7}"),
+    ("52_8", "52_{8}"),
+    ("864 \\mbox{ inches}^2", "864 square inches"),
+    ("10,\\!080", "10080"),
+    ("58,500", "x = 58,500"),
+    ("\\begin{pmatrix} 1/3 \\\\ 2 \\end{pmatrix}", "Matrix([[1/3], [2]])"),
+    ("\\begin{pmatrix} 1 & 2 \\\\ 3 & 4 \\end{pmatrix}", "[[1,2],[3,4]]"),
+    ("\\frac{1}{3}", "0.3333333333333333"),
+    (".0000672", "6.72e-05"),
+    ("58", "57.99999999999999"),
+    ("(-\\infty, 0]", "(-oo, 0]"),
+    ("(2,\\infty)", "x > 2"),
+    ("\\frac{\\sqrt{3}}{3}", "1/sqrt(3)"),
+    ("288\\pi", "904.7786842338604"),
+    ("(a+5)(b+2)", "ab+2a+5b+10"),
+    ("p - q", "-q+p"),
+    ("5x - 7y + 4 = 0", "-5x+7y-4=0"),
+    ("x=1,y=2", "y=2, x=1"),
+    ("12 cm", "12 \\text{ cm}"),
+    ("$\\frac{1}{2}$", "\\boxed{\\frac12}"),
+]
+UNEQUAL = [
+    ("(1,2)", "(2,1)"),
+    ("[1,2]", "(1,2)"),
+    ("[1,2)", "(1,2]"),
+    ("1,2", "1,3"),
+    ("x=1,y=2", "x=2,y=1"),
+    ("5 cm", "5 m"),
+    ("50", "0.5"),
+    ("A", "B"),
+    ("\\text{(C)}", "(D)"),
+    ("east", "west"),
+    ("52_8", "52_7"),
+    ("3", "3.01"),
+    ("1.2e-7", "0"),
+    ("\\sqrt{2}", "1.41"),
+    ("x+1", "y+1"),
+    ("6-5i", "6+5i"),
+    ("", "0"),
+    ("", ""),
+    ("{1,2}", "{1,2,3}"),
+    ("1000000.0", "1000001"),
+    ("\\pi", "3.14"),
+    ("12", "-12"),
+    ("x^2", "x^3"),
+    ("\\infty", "-\\infty"),
+    ("__import__('os').getcwd()", "5"),
+]
+
+
+@pytest.mark.parametrize(("a", "b"), EQUAL)
+def test_equal_answers_are_equal_in_both_orders(a: str, b: str) -> None:
+    assert equiv(a, b)
+    assert equiv(b, a)
+
+
+@pytest.mark.parametrize(("a", "b"), UNEQUAL)
+def test_near_misses_are_unequal_in_both_orders(a: str, b: str) -> None:
+    assert not equiv(a, b)
+    assert not equiv(b, a)
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("so \\boxed{1} and then \\boxed{\\frac{1}{2}}.", "\\frac{1}{2}"),
+        ("\\boxed{3} but \\boxed{4 is cut off", "3"),
+        ("\\boxed{\\{1, 2\\}}", "\\{1, 2\\}"),
+        ("no answer", None),
+        ("\\boxed{\\text{a } {b}}", "\\text{a } {b}"),
+    ],
+)
+def test_the_last_complete_box_is_the_answer(text: str, answer: str | None) -> None:
+    assert extract_answer(text) == answer
+
+
+def golds() -> list[str]:
+    """Gold answers: of MATH-500 and GSM8K where they are at hand, else the examples above."""
+    found = []
+    for name in ("math500.jsonl", "gsm8k.jsonl"):
+        if (DATA / name).is_file():
+            found += [str(json.loads(line)["answer"]) for line in (DATA / name).read_text().splitlines()]
+    return found or [answer for pair in EQUAL for answer in pair]
+
+
+def rewritings(gold: str) -> Iterator[str]:
+    """Obvious other ways to write an answer."""
+    yield gold
+    yield f"  {gold} "
+    yield f"${gold}$"
+    yield gold.replace("\\frac", "\\dfrac") if "\\dfrac" not in gold else gold.replace("\\dfrac", "\\frac")
+    if "=" not in gold and "\\in" not in gold:
+        yield f"x={gold}"
+        yield f"x = {gold}"
+    if re.search(r"\d", gold) and "\\text" not in gold:
+        yield f"{gold} \\text{{ units}}"
+    if "\\left" not in gold:
+        yield gold.replace("(", "\\left(").replace(")", "\\right)")
+
+
+def near_misses(gold: str) -> Iterator[str]:
+    """Answers that look alike and are wrong."""
+    numbers = list(re.finditer(r"\d+", gold))
+    for number in {m.start(): m for m in (*numbers[:1], *numbers[-1:])}.values():
+        yield gold[: number.start()] + str(int(number[0]) + 1) + gold[number.end() :]
+    if gold.startswith("-"):
+        yield gold[1:]
+    elif re.fullmatch(r"\d+|\\d?frac\{\d+\}\{\d+\}", gold) and not re.fullmatch("0+", gold):
+        yield "-" + gold
+    pair = re.fullmatch(r"\(([^,()]+),([^,()]+)\)", gold)
+    if pair and pair[1] != pair[2]:
+        yield f"({pair[2]},{pair[1]})"
+
+
+def test_every_gold_answer_equals_its_rewritings_and_no_near_miss() -> None:
+    wrong = []
+    for gold in golds():
+        wrong += [(gold, other) for other in rewritings(gold) if not (equiv(gold, other) and equiv(other, gold))]
+        wrong += [(gold, other) for other in near_misses(gold) if equiv(gold, other) or equiv(other, gold)]
+    assert wrong == []
+
+
+def test_grouping_names_the_first_of_each_group() -> None:
+    assert group(["\\frac{1}{2}", "3", "0.5", "x", "3.0", "x"]) == [0, 1, 0, 3, 1, 3]
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def verifier() -> AsyncIterator[SandboxVerifier]:
+    verifier = SandboxVerifier(VerifierConfig(supervisors=1, grade_timeout_s=1.0))
+    yield verifier
+    await verifier.close()
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_any_gold_alternative_will_do(verifier: SandboxVerifier) -> None:
+    problem = Problem("p", "q", ("\\frac{1}{2}", "\\pi"))
+    outcomes = await verifier.grade_many([(problem, answer) for answer in ("0.5", "pi", "\\frac24", "2", "")])
+    assert outcomes == [Outcome.CORRECT, Outcome.CORRECT, Outcome.CORRECT, Outcome.WRONG, Outcome.WRONG]
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_comparison_that_hangs_is_an_outcome_of_its_own(verifier: SandboxVerifier) -> None:
+    started = time.monotonic()
+    outcome = await verifier.grade(Problem("p", "q", ("x+1",)), "9^{9^{9^{9^9}}}")
+    assert outcome is Outcome.TIMEOUT
+    assert time.monotonic() - started < 8
+    assert await verifier.grade(Problem("p", "q", ("\\sqrt{4}",)), "2") is Outcome.CORRECT
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_grading_is_deterministic_and_bounded_under_load(verifier: SandboxVerifier) -> None:
+    problem = Problem("p", "q", ("2\\sqrt{3}",))
+    answers = ["sqrt(12)", "\\sqrt{12}", "12", "2*sqrt(3)"] * 8
+    first, second = await asyncio.gather(*(verifier.grade_many([(problem, a) for a in answers]) for _ in range(2)))
+    assert first == second
+    assert first[:4] == [Outcome.CORRECT, Outcome.CORRECT, Outcome.WRONG, Outcome.CORRECT]
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_sixty_four_answers_are_grouped_quickly(verifier: SandboxVerifier) -> None:
+    answers = [f"\\sqrt{{{i % 40 + 2}}} + {i % 40}" for i in range(64)]
+    await verifier.group(answers[:2])
+    started = time.monotonic()
+    assert await verifier.group(answers) == [i % 40 for i in range(64)]
+    assert time.monotonic() - started < 5
