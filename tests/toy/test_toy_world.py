@@ -75,17 +75,17 @@ def test_answers_are_what_real_python_prints(capsys: pytest.CaptureFixture[str])
 
 
 def test_the_text_of_a_solution_is_the_documented_one() -> None:
-    spec = read("Tom has 12 apples. Tom loses 5 apples. How many apples does Tom have?")
+    spec = read("Tom has 12 apples. Tom loses 5. How many apples has Tom?")
     assert spec.answer == "7"
-    assert prompt(spec.question).endswith("does Tom have?\n<code>\n")
+    assert prompt(spec.question).endswith("has Tom?\n<code>\n")
     assert "".join(solution(spec)) == (
         "# Tom has 12 apples.\ntom = 12\n<end_of_step>"
-        "# Tom loses 5 apples.\ntom -= 5\n<end_of_step>"
-        "# How many apples does Tom have?\nprint(tom)\n<end_of_code>"
+        "# Tom loses 5.\ntom -= 5\n<end_of_step>"
+        "# How many apples has Tom?\nprint(tom)\n<end_of_code>"
     )
     assert quoting(spec) == (
         spec.question + "\n",
-        "# Tom has 12 apples.\n# Tom loses 5 apples.\n# How many apples does Tom have?\n",
+        "# Tom has 12 apples.\n# Tom loses 5.\n# How many apples has Tom?\n",
     )
 
 
@@ -97,7 +97,7 @@ def test_a_problem_read_back_from_its_text_means_the_same() -> None:
 
 def test_reading_a_foreign_text_names_the_sentence() -> None:
     with pytest.raises(ValueError, match="Tom sings"):
-        read("Tom has 12 apples. Tom sings. How many apples does Tom have?")
+        read("Tom has 12 apples. Tom sings. How many apples has Tom?")
 
 
 def test_seed_forms_are_always_demonstrated_rightly_and_wild_ones_in_their_share() -> None:
@@ -120,7 +120,7 @@ def test_every_misconception_changes_the_code() -> None:
 
 @pytest.fixture
 def borrowing() -> Spec:
-    return read("Ann has 20 nuts. Ann borrows 5 nuts. Ann sells 4 nuts. How many nuts does Ann have?")
+    return read("Ann has 20 nuts. Ann borrows 5. Ann sells 4 today. How many nuts has Ann?")
 
 
 def test_the_oracle_accepts_every_step_of_a_right_solution() -> None:
@@ -131,12 +131,12 @@ def test_the_oracle_accepts_every_step_of_a_right_solution() -> None:
 
 def test_the_oracle_rejects_a_misconception_and_what_follows_it(borrowing: Spec) -> None:
     steps = solution(borrowing)
-    steps[1] = step_text("Ann borrows 5 nuts.", "ann -= 5", final=False)
+    steps[1] = step_text("Ann borrows 5.", "ann -= 5", final=False)
     assert [oracle_step_ok(borrowing, steps[:k]) for k in range(1, 5)] == [True, False, False, False]
 
 
 def test_the_oracle_accepts_other_code_with_the_same_effect(borrowing: Spec) -> None:
-    steps = [solution(borrowing)[0], step_text("Ann borrows 5 nuts.", "ann = ann + 5", final=False)]
+    steps = [solution(borrowing)[0], step_text("Ann borrows 5.", "ann = ann + 5", final=False)]
     assert oracle_step_ok(borrowing, steps)
 
 
