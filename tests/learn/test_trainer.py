@@ -13,9 +13,9 @@ from typing import Any
 import pytest
 
 from evolve.learn import rows
-from evolve.learn.errors import LearningError
+from evolve.learn.errors import LearningError, TrainingTimeoutError
 from evolve.learn.jobs import TrainJob, TrainResult, Workers
-from evolve.learn.trainer import TrainerGroup, TrainingTimeoutError
+from evolve.learn.trainer import TrainerGroup
 from evolve.schema import PPMConfig, Precision, ScoreForm, SFTConfig
 from evolve.types import StepPair, Trajectory
 
@@ -166,12 +166,16 @@ def test_the_loss_does_not_depend_on_the_number_of_workers(
             assert two_losses == pytest.approx(one_losses, abs=1e-4)
             same_weights(str(tmp_path / f"one-{kind}"), str(tmp_path / f"two-{kind}"), 2e-4)
 
-        endless = TrainJob(
-            replace(SFT, epochs=3000, timeout_s=4.0), str(tiny_model), files["sft"], str(tmp_path / "endless")
-        )
-        with pytest.raises(TrainingTimeoutError, match=r"endless is not done after 4 s \(step \d+ of 9000\)"):
-            one.fit([endless])
-    assert not Path(endless.output).exists()
+
+def test_a_training_that_takes_too_long_stops_and_can_go_on_from_there(
+    group: TrainerGroup, tiny_model: Path, files: dict[str, tuple[str, ...]], tmp_path: Path
+) -> None:
+    late = TrainJob(replace(SFT, epochs=200, timeout_s=1.0), str(tiny_model), files["sft"], str(tmp_path / "late"))
+    with pytest.raises(TrainingTimeoutError, match=r"late is not done after 1 s \(step \d+ of 600\)"):
+        group.fit([late])
+    assert not Path(late.output).exists()
+    result = group.fit([replace(late, config=replace(late.config, timeout_s=120.0))])[0]
+    assert result.metrics["resumed_from"] > 0
 
 
 def test_a_killed_worker_costs_only_the_steps_since_the_last_checkpoint(
