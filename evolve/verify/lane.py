@@ -64,6 +64,11 @@ class Lane:
         self.deadline: float | None = None
         self.began = self.began_cpu = 0.0
 
+    @property
+    def starting(self) -> bool:
+        """Whether a worker was commanded that is not known yet."""
+        return self.channel is not None and self.pid == 0
+
     def pump(self) -> None:
         """Send what waits, when the worker is free."""
         if not self.waiting or self.sent:

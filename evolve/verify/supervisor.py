@@ -9,6 +9,7 @@ Requests and responses are JSON after a 4-byte big-endian length. It ends when t
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import json
 import os
@@ -40,6 +41,9 @@ STARTING, RUNNING, LIVE = range(3)
 ATTEMPTS = 3
 """How often a request is tried before its failure is called the sandbox's own."""
 
+GRACE_S = 0.02
+"""How long after a node's death its server's death would have been noticed."""
+
 PAGE = resource.getpagesize()
 
 
@@ -50,6 +54,7 @@ class Node:
         "channel",
         "checked",
         "clock",
+        "dead",
         "forking",
         "job",
         "key",
@@ -70,6 +75,8 @@ class Node:
         self.pid, self.pidfd, self.clock = 0, -1, 0
         self.forking = 0
         self.memory = 0
+        self.dead = False
+        """Its channel has closed; why is not known yet."""
         self.started = time.monotonic()
         self.checked = 0.0
 
@@ -308,8 +315,9 @@ class Supervisor:
         server.permit(pid)
         try:
             socket.send_fds(source, [packet], [theirs.fileno()])
-        except OSError:
-            self._lineage_failed(node, "crash", "the state to continue from was gone")
+        except OSError as error:
+            # The other end of `ours` closes now, which is taken as the node's death.
+            self.counts[f"fork_{errno.errorcode.get(error.errno or 0, 'failed')}"] += 1
         finally:
             theirs.close()
 
@@ -373,7 +381,8 @@ class Supervisor:
         except ProcessLookupError:
             # It ran and died before this: the code's doing, as its parent did fork.
             self._stop_parent(node)
-            self._fail(node, "crash", "the interpreter died of the code")
+            node.state = RUNNING
+            self._on_death(node)
             return
         node.pid = pid
         node.clock = (~pid << 3) | 2
@@ -458,7 +467,15 @@ class Supervisor:
         """A node's channel closed without our doing."""
         if node.state == LIVE:
             self._kill(node)
-        elif node.state == STARTING:
+            return
+        # Its server may be dying too, which is not the code's doing: judge when that would be known.
+        node.dead = True
+        node.checked = time.monotonic() + GRACE_S
+        self.poll.unregister(node.channel)
+
+    def _judge_dead(self, node: Node) -> None:
+        """A node died some time ago, and its server lives."""
+        if node.state == STARTING:
             self._lineage_failed(node, "crash", "the state to continue from died")
         else:
             self._fail(node, "crash", "the interpreter died of the code")
@@ -503,7 +520,11 @@ class Supervisor:
         now = time.monotonic()
         for node in [node for node in self.active if node.checked <= now]:
             job = node.job
-            assert job is not None
+            if job is None or node not in self.active:  # Ended with another one's server or lineage.
+                continue
+            if node.dead:
+                self._judge_dead(node)
+                continue
             if node.state == STARTING:
                 self._lineage_failed(node, "timeout", "the state to continue from did not answer")
                 continue
@@ -598,7 +619,7 @@ class Supervisor:
             while pid and pid != os.getpid():
                 known.add(pid)
                 pid = parents.get(pid, 0)
-        if any(node.state == STARTING for node in self.active):
+        if self.lane.starting or any(node.state == STARTING for node in self.active):
             return
         mine = os.getpid()
         for pid in parents:
@@ -606,8 +627,11 @@ class Supervisor:
             while ancestor and ancestor != mine:
                 ancestor = parents.get(ancestor, 0)
             if ancestor == mine and pid != mine and pid not in known:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:  # It was one of those just killed, and is gone.
+                    continue
                 self.counts["strays"] += 1
-                os.kill(pid, signal.SIGKILL)
 
 
 def process_parents() -> Iterator[tuple[int, int, str]]:
