@@ -19,10 +19,11 @@ from pathlib import Path
 from typing import Any
 
 from evolve.schema import VerifierConfig
-from evolve.types import Problem, Verdict
+from evolve.types import Verdict
 from evolve.verify.layers import ENVIRONMENT
 from evolve.verify.selftest import descendants
-from evolve.verify.service import SandboxVerifier, prefix_keys
+from evolve.verify.service import SandboxVerifier
+from evolve.verify.steps import prefix_keys
 
 STEPS = {
     "trivial": ("light", "a = 3", "b = a + {i}\nprint(b)"),
@@ -81,7 +82,9 @@ def floor(kind: str, root: str, step: str, count: int) -> tuple[float, float]:
     return float(empty), float(full)
 
 
-async def execute(verifier: SandboxVerifier, name: str, codes: tuple[str, ...], kind: str, lane: bool = True) -> Verdict:
+async def execute(
+    verifier: SandboxVerifier, name: str, codes: tuple[str, ...], kind: str, lane: bool = True
+) -> Verdict:
     """Execute without remembering."""
     verdict = await verifier.execute(name, codes, kind, prefix_keys(name, kind, codes), lane=lane)
     if not verdict.ok:
@@ -128,6 +131,12 @@ async def chain(verifier: SandboxVerifier, repeats: int) -> tuple[float, float]:
     return incremental / repeats, rerun / repeats
 
 
+def private_bytes(pid: int) -> int:
+    """Memory a process does not share."""
+    lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+    return sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) * 1024
+
+
 async def snapshot_mb(count: int) -> float:
     """Memory that a stopped snapshot with a sympy state does not share, MB."""
     verifier = SandboxVerifier(VerifierConfig(supervisors=1))
@@ -138,10 +147,9 @@ async def snapshot_mb(count: int) -> float:
         private = 0
         for pid in [pid for pid, state in descendants().items() if state == "T"]:
             try:
-                lines = Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines()
+                private += private_bytes(pid)
             except PermissionError:  # Not dumpable: only root may look, others take the supervisor's estimate.
                 return float((await verifier.stats())["snapshot_bytes"]) / count / 1e6
-            private += sum(int(line.split()[1]) for line in lines if line.startswith("Private_")) * 1024
         return private / count / 1e6
     finally:
         await verifier.close()

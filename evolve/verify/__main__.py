@@ -29,11 +29,10 @@ def split_steps(text: str) -> list[str]:
     return [step.strip("\n") for step in code.split(BOUNDARY) if step.strip()]
 
 
-async def run_file(path: Path) -> int:
-    """Run the steps of a file one after another; 1 when one fails."""
-    steps = split_steps(path.read_text(encoding="utf-8", errors="surrogateescape"))
+async def run_steps(name: str, steps: list[str]) -> int:
+    """Run steps one after another; 1 when one fails."""
     verifier = SandboxVerifier(VerifierConfig(supervisors=1))
-    problem = Problem(path.name, "", ())
+    problem = Problem(name, "", ())
     try:
         for number, step in enumerate(steps):
             verdict = await verifier.check(problem, tuple(steps[:number]), step)
@@ -68,7 +67,7 @@ def main() -> int:
     try:
         if arguments.self_test:
             return 1 if asyncio.run(self_test(load(path), arguments.concurrency)) else 0
-        return asyncio.run(run_file(path))
+        return asyncio.run(run_steps(path.name, split_steps(path.read_text(errors="surrogateescape"))))
     except (SandboxUnavailable, ValueError) as error:
         print(f"evolve.verify: {error}", file=sys.stderr)
         return 2

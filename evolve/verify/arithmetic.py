@@ -12,6 +12,11 @@ from __future__ import annotations
 
 import ast
 import builtins
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from _socket import socket as Socket
 
 CALLS = frozenset(["abs", "bool", "divmod", "float", "int", "len", "max", "min", "pow", "print", "round", "str", "sum"])
 NODES = (
@@ -62,12 +67,12 @@ def is_small(value: object) -> bool:
 class Lane:
     """Runs steps of the lane's grammar; `run` is the harness's function that runs one step in a namespace."""
 
-    def __init__(self, run, stdout) -> None:
+    def __init__(self, run: Callable[..., bytes], stdout: Any) -> None:
         self.run, self.stdout = run, stdout
-        self.states: dict[tuple[str, ...], dict] = {}
+        self.states: dict[tuple[str, ...], dict[str, Any]] = {}
         self.plain: dict[str, bool] = {}
 
-    def state(self, codes: tuple[str, ...]) -> dict | None:
+    def state(self, codes: tuple[str, ...]) -> dict[str, Any] | None:
         """The namespace after `codes`, rebuilt where it is not remembered; None: not of the lane."""
         if not codes:
             return {"__builtins__": builtins, "__name__": "__main__"}
@@ -101,7 +106,7 @@ class Lane:
             self.states[codes] = names
         return result
 
-    def serve(self, channel) -> None:
+    def serve(self, channel: Socket) -> None:
         """Answer packets, each a JSON list of step lists, with a list of results in their order, for ever."""
         import json
 

@@ -597,9 +597,9 @@ def _symbolic_equal(a: str, b: str) -> bool:
     import math_verify
 
     first, second = _fingerprint(a), _fingerprint(b)
-    if first is not None and second is not None and "%" not in a + b:
-        if abs(first - second) > 1e-5 * max(abs(first), abs(second)):
-            return False
+    comparable = first is not None and second is not None and "%" not in a + b
+    if comparable and abs(first - second) > 1e-5 * max(abs(first), abs(second)):  # type: ignore[operator,arg-type]
+        return False
     golds, answers = list(_parsed(a)), list(_parsed(b))
     if not golds or not answers:
         return False

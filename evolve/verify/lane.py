@@ -17,7 +17,8 @@ from typing import TYPE_CHECKING, Any
 from evolve.verify.server import ProtocolError, Server, ServerState, make_channel, receive
 
 if TYPE_CHECKING:
-    from evolve.verify.supervisor import Job, Supervisor
+    from evolve.verify.nodes import Job
+    from evolve.verify.supervisor import Supervisor
 
 BATCH = 32
 """Steps sent to the worker at once."""

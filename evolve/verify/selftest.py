@@ -21,8 +21,9 @@ from typing import Any
 from evolve.schema import VerifierConfig
 from evolve.types import Problem, Status, Verdict
 from evolve.verify.layers import Layers
-from evolve.verify.service import SandboxVerifier, needs_full, prefix_keys
-from evolve.verify.supervisor import process_parents
+from evolve.verify.nodes import process_parents
+from evolve.verify.service import SandboxVerifier
+from evolve.verify.steps import needs_full, prefix_keys
 
 SECRET = "SECRET-4f1d7c"
 """Put into this process's environment: nothing inside may see it."""

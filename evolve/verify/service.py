@@ -10,7 +10,6 @@ from __future__ import annotations
 import asyncio
 import json
 import os
-import re
 import socket
 import struct
 import subprocess
@@ -20,21 +19,15 @@ import zlib
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict, replace
-from functools import lru_cache
-from hashlib import blake2b
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from evolve.schema import VerifierConfig
 from evolve.types import Outcome, Problem, Status, Verdict
 from evolve.verify import grading
 from evolve.verify.layers import ENVIRONMENT, Layers, detect
-
-CODE_BYTES = 128 * 1024
-"""Longest step that is run, bytes of UTF-8; what fits one packet."""
-
-OUTPUT_BYTES_MOST = 24 * 1024
-"""Largest `output_bytes`: JSON may take six bytes for one, and a result must fit one packet."""
+from evolve.verify.nodes import digest
+from evolve.verify.steps import looks_plain, needs_full, prefix_keys, refusal, validate
 
 SLOTS = 4
 """Steps a supervisor runs at once, so that one that sleeps does not hold up the others."""
@@ -45,87 +38,6 @@ ATTEMPTS = 3
 CACHED = 1 << 16
 """Verdicts and output digests remembered."""
 
-_LIGHT = frozenset(
-    [
-        "abc",
-        "bisect",
-        "builtins",
-        "cmath",
-        "collections",
-        "copy",
-        "enum",
-        "functools",
-        "heapq",
-        "io",
-        "itertools",
-        "math",
-        "numbers",
-        "operator",
-        "re",
-        "string",
-        "sys",
-        "time",
-        "typing",
-    ]
-)
-_IMPORT = re.compile(r"^[ \t]*(?:from[ \t]+([\w.]+)[ \t]+import\b|import[ \t]+([\w. \t,]+))", re.MULTILINE)
-
-
-def validate(config: VerifierConfig) -> None:
-    """Refuse limits that make no sense.
-
-    Raises:
-        ValueError: names the key.
-    """
-    rules: list[tuple[str, bool, str]] = [
-        ("supervisors", config.supervisors is None or 1 <= config.supervisors <= 1024, "from 1 to 1024"),
-        ("cpu_s", 0 < config.cpu_s <= 3600, "more than 0 and at most 3600 seconds"),
-        ("wall_s", config.cpu_s <= config.wall_s <= 86400, "at least verifier.cpu_s and at most a day"),
-        ("memory_mb", 256 <= config.memory_mb <= 1 << 20, "at least 256: sympy alone needs that"),
-        ("output_bytes", 1 <= config.output_bytes <= OUTPUT_BYTES_MOST, f"from 1 to {OUTPUT_BYTES_MOST}"),
-        ("snapshot_mb", config.snapshot_mb >= 16, "at least 16"),
-        ("grade_timeout_s", 0 < config.grade_timeout_s <= 3600, "more than 0 and at most 3600 seconds"),
-        ("queue", config.queue >= 1, "at least 1"),
-        ("max_infrastructure_failures", 0 <= config.max_infrastructure_failures <= 1, "from 0 to 1"),
-    ]
-    for key, holds, must in rules:
-        if not holds:
-            raise ValueError(f"verifier.{key} is {getattr(config, key)!r}; it must be {must}")
-
-
-@lru_cache(maxsize=1 << 14)
-def needs_full(code: str) -> bool:
-    """Whether `code` imports, or may import, something a light interpreter has not loaded cheaply."""
-    found = 0
-    for match in _IMPORT.finditer(code):
-        found += 1
-        names = [match[1]] if match[1] else [part.split()[0] for part in match[2].split(",") if part.strip()]
-        if any(name.partition(".")[0] not in _LIGHT for name in names):
-            return True
-    return code.count("import") != found
-
-
-_NOT_PLAIN = re.compile(
-    r"\b(?:import|def|class|for|while|lambda|with|try|del|global|assert|raise|if)\b|__|[\[\]@;]|\.\s*[A-Za-z_]"
-)
-_COMMENT = re.compile(r"^[ \t]*#.*$", re.MULTILINE)
-
-
-@lru_cache(maxsize=1 << 14)
-def looks_plain(code: str) -> bool:
-    """Whether the arithmetic lane may take `code`; it decides for itself, this only spares it the rest."""
-    return len(code) <= 2000 and not _NOT_PLAIN.search(_COMMENT.sub("", code))
-
-
-def prefix_keys(problem_id: str, kind: str, codes: Sequence[str]) -> list[str]:
-    """The name of the interpreter state after each code of `codes`."""
-    state = blake2b(f"{kind}\0{problem_id}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
-    keys = []
-    for code in codes:
-        state = blake2b(state + code.encode("utf-8", "surrogatepass"), digest_size=16).digest()
-        keys.append(state.hex())
-    return keys
-
 
 class _Link(asyncio.Protocol):
     """The connection to one supervisor process: frames out, frames in, and the requests it holds."""
@@ -135,11 +47,12 @@ class _Link(asyncio.Protocol):
         self.held: dict[int, tuple[asyncio.Future[dict[str, Any]], bytes, int]] = {}
         self.received = bytearray()
         self.transport: asyncio.Transport | None = None
+        self.relaunch: asyncio.Task[None] | None = None
         self.process: subprocess.Popen[bytes] | None = None
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # Not an isinstance check: the transports of uvloop, which Ray actors run on, are of no asyncio class.
-        self.transport = transport
+        self.transport = cast(asyncio.Transport, transport)
 
     def data_received(self, data: bytes) -> None:
         self.received += data
@@ -241,7 +154,7 @@ class SandboxVerifier:
             f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r});"
             "from evolve.verify.supervisor import main; main()"
         )
-        link.process = subprocess.Popen(
+        link.process = subprocess.Popen(  # noqa: ASYNC220 (a few milliseconds, once)
             [sys.executable, "-P", "-c", boot, str(theirs.fileno()), json.dumps(settings)],
             stdin=subprocess.DEVNULL,
             pass_fds=[theirs.fileno()],
@@ -272,8 +185,7 @@ class SandboxVerifier:
                 future.set_result({"s": "infrastructure", "m": "its supervisor died", "cpu": 0.0, "wall": 0.0})
             else:
                 link.held[number] = (future, packet, attempts + 1)
-        task = asyncio.get_running_loop().create_task(self._relaunch(link))
-        link.relaunch = task  # type: ignore[attr-defined]
+        link.relaunch = asyncio.get_running_loop().create_task(self._relaunch(link))
 
     async def _relaunch(self, link: _Link) -> None:
         await self._launch(link)
@@ -312,7 +224,7 @@ class SandboxVerifier:
         remembered, so that equal candidates share one state.
         """
         codes = (*parent, step)
-        refused = _refusal(codes)
+        refused = refusal(codes)
         if refused is not None:
             self._counts["refused"] += 1
             return refused
@@ -388,8 +300,6 @@ class SandboxVerifier:
         self._cpu_s += verdict.cpu_s
         self._wall_s += verdict.wall_s
         if verdict.status is Status.OK:
-            from evolve.verify.supervisor import digest
-
             _remember(self._digests, keys[-1], digest(verdict.stdout))
         return verdict
 
@@ -487,11 +397,3 @@ def _remember(cache: OrderedDict[str, Any], key: str, value: Any) -> None:
     cache[key] = value
     if len(cache) > CACHED:
         cache.popitem(last=False)
-
-
-def _refusal(codes: Sequence[str]) -> Verdict | None:
-    """Why `codes` are not run at all, if they are not."""
-    for code in codes:
-        if len(code) > CODE_BYTES or len(code.encode("utf-8", "surrogatepass")) > CODE_BYTES:
-            return Verdict(Status.REFUSED, message=f"a step is longer than {CODE_BYTES} bytes")
-    return None

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import errno
-import hashlib
 import json
 import os
 import resource
@@ -21,12 +20,11 @@ import struct
 import sys
 import time
 from collections import Counter, OrderedDict, deque
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
-from evolve.verify.lane import Lane, check_result
+from evolve.verify.lane import Lane
 from evolve.verify.layers import Layers
+from evolve.verify.nodes import LIVE, RUNNING, STARTING, Job, Node, digest, parse_result, private_bytes, process_parents
 from evolve.verify.server import (
     ProtocolError,
     Server,
@@ -36,102 +34,11 @@ from evolve.verify.server import (
     receive,
 )
 
-STARTING, RUNNING, LIVE = range(3)
-
 ATTEMPTS = 3
 """How often a request is tried before its failure is called the sandbox's own."""
 
 GRACE_S = 0.02
 """How long after a node's death its server's death would have been noticed."""
-
-PAGE = resource.getpagesize()
-
-
-class Node:
-    """One forked process: a step that is being run, or the stopped snapshot it left."""
-
-    __slots__ = (
-        "channel",
-        "checked",
-        "clock",
-        "dead",
-        "forking",
-        "job",
-        "key",
-        "memory",
-        "parent",
-        "pid",
-        "pidfd",
-        "server",
-        "started",
-        "state",
-    )
-
-    def __init__(self, server: Server, parent: Node | None, job: Job, channel: socket.socket) -> None:
-        self.server, self.parent, self.channel = server, parent, channel
-        self.job: Job | None = job
-        self.key = job.keys[job.index]
-        self.state = STARTING
-        self.pid, self.pidfd, self.clock = 0, -1, 0
-        self.forking = 0
-        self.memory = 0
-        self.dead = False
-        """Its channel has closed; why is not known yet."""
-        self.started = time.monotonic()
-        self.checked = 0.0
-
-    def cpu(self) -> float:
-        """CPU seconds this process has used."""
-        try:
-            return time.clock_gettime(self.clock)
-        except OSError:
-            return 0.0
-
-    def signal(self, number: int) -> None:
-        try:
-            signal.pidfd_send_signal(self.pidfd, number)
-        except ProcessLookupError:
-            return
-
-
-class Job:
-    """One request: run `codes[-1]` in the state that the codes before it leave."""
-
-    __slots__ = (
-        "attempts",
-        "codes",
-        "cpu_s",
-        "digests",
-        "id",
-        "index",
-        "keys",
-        "kind",
-        "lane",
-        "merged",
-        "verb",
-        "wall_s",
-    )
-
-    def __init__(self, request: dict[str, Any]) -> None:
-        self.id: int = request["i"]
-        self.kind: str = request["k"]
-        self.verb: bytes = request["o"].encode()
-        self.codes: list[str] = request["c"]
-        self.keys: list[str] = request["h"]
-        self.cpu_s: float = request["cpu"]
-        self.wall_s: float = request["wall"]
-        self.lane = bool(request.get("a"))
-        """Whether to try the arithmetic lane first."""
-        self.index = 0
-        self.merged = 0
-        """First of the codes that the node now running was given; `index` is the last."""
-        self.attempts = 0
-        self.digests: list[tuple[int, str]] = []
-        """Index and output digest of each step of the prefix that had to be run again."""
-
-    @property
-    def last(self) -> int:
-        return len(self.codes) - 1
 
 
 class Supervisor:
@@ -432,7 +339,7 @@ class Supervisor:
         if previous is not None:
             self._kill(previous)
         node.state = LIVE
-        node.memory = _private_bytes(node.pid)
+        node.memory = private_bytes(node.pid)
         self.memory += node.memory
         self.live[node.key] = node
         if self.memory <= self.budget and len(self.live) <= self.most_live:
@@ -632,51 +539,6 @@ class Supervisor:
                 except ProcessLookupError:  # It was one of those just killed, and is gone.
                     continue
                 self.counts["strays"] += 1
-
-
-def process_parents() -> Iterator[tuple[int, int, str]]:
-    """(process, its parent, its state letter) for all processes that can be seen."""
-    for entry in Path("/proc").iterdir():
-        if entry.name.isdigit():
-            try:
-                stat = (entry / "stat").read_text(errors="replace")
-            except (FileNotFoundError, ProcessLookupError):
-                continue
-            fields = stat.rpartition(")")[2].split()
-            yield int(entry.name), int(fields[1]), fields[0]
-
-
-def _private_bytes(pid: int) -> int:
-    """Roughly the memory a process does not share: its minor faults, each of which made a page its own."""
-    try:
-        with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123 (hot path)
-            fields = file.read().rpartition(b")")[2].split()
-    except (FileNotFoundError, ProcessLookupError):
-        return 0
-    return min(int(fields[7]), int(fields[21])) * PAGE
-
-
-def digest(text: str) -> str:
-    """A short digest of a step's output."""
-    return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
-
-
-def parse_result(packet: bytes, verb: bytes) -> dict[str, Any]:
-    """A result frame, checked member by member.
-
-    Raises:
-        ProtocolError: it is not what the harness sends.
-    """
-    try:
-        body = json.loads(packet[1:])
-    except (ValueError, RecursionError) as error:
-        raise ProtocolError("a malformed result") from error
-    if verb == b"C":
-        return check_result(body)
-    graded = body.get("g") if isinstance(body, dict) else None
-    if not isinstance(graded, list) or len(body) != 1 or not all(isinstance(value, int) for value in graded):
-        raise ProtocolError("a malformed result")
-    return {"s": "ok", "g": graded}
 
 
 def main() -> None:

@@ -1,8 +1,8 @@
 """What runs inside the sandbox: an interpreter server that forks one process per tree node.
 
-The file is executed by path in a fresh interpreter and imports nothing of this package except, in a
-grading server, `grading` beside it. A *zygote* is imported and warmed up, locks itself down, and then
-serves its channel; every command makes it fork, and the child runs the command's code, reports, and
+The file is imported by path in a fresh interpreter; of this package it sees `grading` (grading servers)
+and `arithmetic` (the lane's worker), and nothing else. A *zygote* imports and warms up, locks itself down,
+then serves its channel; every command makes it fork, and the child runs the command's code, reports, and
 serves its own channel in turn, so that each node can be forked again.
 
 Channels are AF_UNIX SEQPACKET sockets. Command packet: b"C" + code, or b"G" + JSON pairs to grade, or
@@ -15,6 +15,11 @@ from __future__ import annotations
 
 import os
 import sys
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from _socket import socket as Socket
 
 LIGHT = ("abc", "collections", "copy", "enum", "functools", "io", "itertools", "numbers", "operator", "re")
 """Modules a light interpreter has loaded: those that map no extension module, since every mapping
@@ -58,7 +63,7 @@ def quote(text: str) -> str:
     return '"' + "".join(out) + '"'
 
 
-def make_capture(cap: int):
+def make_capture(cap: int) -> Any:
     """A text stream that keeps the first `cap` bytes (UTF-8) written since its last `take`."""
     import io
 
@@ -66,15 +71,15 @@ def make_capture(cap: int):
         encoding = "utf-8"
         errors = "strict"
 
-        def __init__(self):
-            self.parts = []
+        def __init__(self) -> None:
+            self.parts: list[str] = []
             self.room = cap
             self.cut = False
 
-        def writable(self):
+        def writable(self) -> bool:
             return True
 
-        def write(self, text):
+        def write(self, text: str) -> int:
             if not isinstance(text, str):
                 raise TypeError(f"write() argument must be str, not {type(text).__name__}")
             if self.room > 0:
@@ -92,7 +97,7 @@ def make_capture(cap: int):
                 self.cut = True
             return len(text)
 
-        def take(self):
+        def take(self) -> tuple[str, bool]:
             text, cut = "".join(self.parts), self.cut
             self.parts, self.room, self.cut = [], cap, False
             return text, cut
@@ -100,7 +105,7 @@ def make_capture(cap: int):
     return Capture
 
 
-def describe_exception(error: BaseException, traceback, filename: str) -> str:
+def describe_exception(error: BaseException, traceback: Any, filename: str) -> str:
     """Type, message and line of `error` as JSON members. Runs untrusted `__str__`; capped."""
     kind = _type_name(type(error))
     try:
@@ -118,7 +123,7 @@ def describe_exception(error: BaseException, traceback, filename: str) -> str:
     return f',"e":{quote(kind[:200])},"m":{quote(message)},"l":{"null" if line is None else line}'
 
 
-def run_code(code: str, depth: int, namespace: dict, stdout) -> bytes:
+def run_code(code: str, depth: int, namespace: dict[str, Any], stdout: Any) -> bytes:
     """Run one step; its result frame."""
     filename = f"<step {depth}>"
     failure = ""
@@ -147,7 +152,14 @@ def run_grading(kind: bytes, payload: bytes) -> bytes:
     return b"R" + json.dumps({"g": result}).encode("ascii")
 
 
-def serve(channel, namespace: dict, stdout, disarm, limit_cpu, here: str) -> None:
+def serve(
+    channel: Socket,
+    namespace: dict[str, Any],
+    stdout: Any,
+    disarm: Callable[[], None],
+    limit_cpu: Callable[[], None],
+    here: str,
+) -> None:
     """Fork on command for ever; in the child, run the command, report, and serve on.
 
     Written as one loop so that the stack does not grow with the depth of the tree.
@@ -247,7 +259,7 @@ def preload(kind: str) -> None:
         grading.warm_up()
 
 
-def lock_down(channel, settings: dict, program: bytes) -> None:
+def lock_down(channel: Socket, settings: dict[str, Any], program: bytes) -> None:
     """Collapse the heap into huge pages, forbid dumps, load the seccomp program, hand out its listener."""
     import array
     import ctypes
@@ -311,10 +323,12 @@ def main(kind: str, fd: int, here: str) -> None:
     import io
 
     stdout, stderr = make_capture(settings["output_bytes"])(), make_capture(0)()
-    sys.stdout = sys.__stdout__ = stdout
-    sys.stderr = sys.__stderr__ = stderr
-    sys.stdin = sys.__stdin__ = io.StringIO()
-    builtins.exit = builtins.quit = sys.exit
+    inherited: Any = sys
+    inherited.stdout = inherited.__stdout__ = stdout
+    inherited.stderr = inherited.__stderr__ = stderr
+    inherited.stdin = inherited.__stdin__ = io.StringIO()
+    quitting: Any = builtins
+    quitting.exit = quitting.quit = sys.exit
     module = types.ModuleType("__main__")
     module.__dict__["__builtins__"] = builtins
     sys.modules["__main__"] = module

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from evolve.schema import VerifierConfig
 from evolve.types import Problem, Status
 from evolve.verify.arithmetic import is_arithmetic
-from evolve.verify.service import SandboxVerifier, looks_plain, prefix_keys
+from evolve.verify.service import SandboxVerifier
+from evolve.verify.steps import looks_plain, prefix_keys
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 _count = iter(range(10**9))

@@ -1,3 +1,4 @@
+# ruff: noqa: ASYNC220, ASYNC221, ASYNC240, ASYNC251
 """What executing steps promises: state, isolation, typed verdicts, limits, recovery, nothing left over."""
 
 import asyncio
@@ -18,7 +19,8 @@ from evolve.types import Problem, Status
 from evolve.verify import selftest
 from evolve.verify.layers import detect, without
 from evolve.verify.selftest import SelfTest, descendants, load
-from evolve.verify.service import SandboxVerifier, validate
+from evolve.verify.service import SandboxVerifier
+from evolve.verify.steps import validate
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 
@@ -97,9 +99,7 @@ async def test_printing_error_is_not_an_error_and_small_numbers_print_as_python_
     ],
     ids=["empty", "comment", "syntax", "nul", "surrogate", "megabyte", "unicode", "prose"],
 )
-async def test_any_text_gets_a_verdict(
-    verifier: SandboxVerifier, code: str, status: Status, exception: str
-) -> None:
+async def test_any_text_gets_a_verdict(verifier: SandboxVerifier, code: str, status: Status, exception: str) -> None:
     verdict = await verifier.check(problem(), (), code)
     assert (verdict.status, verdict.exception) == (status, exception)
 
