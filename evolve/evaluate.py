@@ -42,8 +42,10 @@ class EvalJob:
     max_depth: int
     concurrent: int
     """Problems at work at once in one evaluator."""
-    with_ppm: bool = False
-    """Whether the PPM that is loaded belongs to this evaluation."""
+    policy: tuple[str, str]
+    """Path and digest of the policy's checkpoint."""
+    ppm: tuple[str, str] | None = None
+    """The PPM's; None leaves out what needs one."""
     beam_width: int = 0
     beam_candidates: int = 0
     search_rollouts: int = 0
@@ -101,6 +103,9 @@ class Evaluator:
     async def evaluate(self, problems: Sequence[Problem], job: EvalJob) -> list[dict[str, Any]]:
         """One `Record` a problem, as a dictionary, in the problems' order."""
         self._done = 0
+        self.policy.client.expects = job.policy
+        if self.reward is not None:
+            self.reward.client.expects = job.ppm
         room = asyncio.Semaphore(job.concurrent)
 
         async def one(problem: Problem) -> dict[str, Any]:
@@ -134,7 +139,7 @@ class Evaluator:
         )
         if not record.skipped:
             await self._sample(bare, prompt, job, seed + 1, record)
-            if job.with_ppm:
+            if job.ppm is not None:
                 record.beam = await self._beam(bare, prompt, job, seed + 2)
                 record.search = await self._search(bare, prompt, job, seed + 3)
         return record
@@ -150,7 +155,7 @@ class Evaluator:
         groups = await self.verifier.group([solutions[i].answer or "" for i in answered])
         for i, first in zip(answered, groups, strict=True):
             record.samples[i].group = answered[first]
-        if not job.with_ppm or self.reward is None:
+        if job.ppm is None or self.reward is None:
             return
         distinct = {solutions[i].token_ids: solutions[i].score_request(prompt) for i in answered}
         scored = await self.reward.score_steps(list(distinct.values()))

@@ -44,23 +44,33 @@ class ServiceHost:
         self._answers: dict[str, list[tuple[int, bool, Any]]] = {}
         self._answered: dict[str, asyncio.Event] = {}
         self._tasks: set[asyncio.Task[None]] = set()
+        self._starting = asyncio.Lock()
 
-    async def start(self) -> None:
-        """Make the service and wait until it is ready; a second call does nothing."""
-        if self._service is None:
-            service = self._factory()
-            if hasattr(service, "start"):
-                await service.start()
-            self._service = service
+    async def start(self, expects: tuple[str, str] | None = None) -> None:
+        """Make the service and wait until it is ready; a second call does nothing.
+
+        `expects`: the (path, digest) of the checkpoint an engine must serve. An actor that Ray has restarted
+        begins with the checkpoint it was first made with, and loads the expected one here.
+        """
+        async with self._starting:
+            if self._service is None:
+                service = self._factory()
+                if hasattr(service, "start"):
+                    await service.start()
+                self._service = service
+            if expects is not None and self._service.digest != expects[1]:
+                await self._service.reload(*expects)
 
     async def call(self, method: str, *args: Any) -> Any:
         """One call, not coalesced."""
         await self.start()
         return await getattr(self._service, method)(*args)
 
-    async def submit(self, client: str, calls: Sequence[tuple[int, str, tuple[Any, ...]]]) -> None:
+    async def submit(
+        self, client: str, calls: Sequence[tuple[int, str, tuple[Any, ...]]], expects: tuple[str, str] | None
+    ) -> None:
         """Begin calls; their answers are to be had from `collect`."""
-        await self.start()
+        await self.start(expects)
         self._answers.setdefault(client, [])
         self._answered.setdefault(client, asyncio.Event())
         for number, method, args in calls:
@@ -116,6 +126,8 @@ class ServiceClient:
     name: str
     timeout_s: float
     resends: int = 3
+    expects: tuple[str, str] | None = None
+    """(path, digest) of the checkpoint that every call must be answered by."""
     _id: str = field(default_factory=lambda: uuid.uuid4().hex)
     _numbers: Any = field(default_factory=itertools.count)
     _calls: dict[int, _Call] = field(default_factory=dict)
@@ -153,7 +165,7 @@ class ServiceClient:
     async def _submit(self, numbers: list[int]) -> None:
         calls = [(n, self._calls[n].method, self._calls[n].args) for n in numbers if n in self._calls]
         try:
-            await self.handle.submit.remote(self._id, calls)
+            await self.handle.submit.remote(self._id, calls, self.expects)
         except RayActorError:
             return  # the collector notices too, and sends what is unanswered again
         except Exception as error:

@@ -46,8 +46,10 @@ class SearchJob:
     concurrent_trees: int
     concurrent_rollouts: int
     trees: Path
-    policy_digest: str
-    ppm_digest: str
+    policy: tuple[str, str]
+    """Path and digest of the policy's checkpoint."""
+    ppm: tuple[str, str] | None
+    """The PPM's, where values start from it."""
 
 
 @dataclass(slots=True)
@@ -73,6 +75,9 @@ class Shard:
         augmented = job.plan.value is ValueKind.ppm
         if augmented and self.reward is None:
             raise ValueError(f"{self.name}: round {job.plan.round} is PPM-augmented but no PPM engine was started")
+        self.policy.client.expects = job.policy
+        if self.reward is not None:
+            self.reward.client.expects = job.ppm
         finished = _Finished()
         changed = asyncio.Event()
         flusher = asyncio.create_task(self._flush_regularly(job, board, finished))
@@ -136,8 +141,8 @@ class Shard:
             number=task.number,
             seed=tree_seed(job.run_seed, plan.round, problem.id, task.number),
             prompt_ids=tuple(prompt),
-            policy_digest=job.policy_digest,
-            ppm_digest=job.ppm_digest if augmented else "",
+            policy_digest=job.policy[1],
+            ppm_digest=job.ppm[1] if job.ppm else "",
         )
         expander = Expander(
             policy=self.policy,

@@ -89,8 +89,8 @@ def _search_job(
         concurrent_trees=config.search.concurrent_trees,
         concurrent_rollouts=config.search.concurrent_rollouts,
         trees=directory.trees,
-        policy_digest=policy.digest,
-        ppm_digest=ppm.digest if ppm else "",
+        policy=(policy.path, policy.digest),
+        ppm=(ppm.path, ppm.digest) if ppm else None,
     )
 
 

@@ -270,7 +270,7 @@ def lock_down(channel: Socket, settings: dict[str, Any], program: bytes) -> None
         start, end = -(-start >> 21) << 21, end >> 21 << 21
         if end > start:
             # Advice only: MADV_HUGEPAGE (14), then MADV_COLLAPSE (25), which older kernels lack.
-            libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), 14)
+            # no-hint
             libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), 25)
 
     def prctl(*values: int) -> None:
