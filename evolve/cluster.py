@@ -49,7 +49,13 @@ def connect(config: ClusterConfig) -> str:
             ray.init(address=address, log_to_driver=False)
         else:
             cpus = max(LOCAL_CPUS, os.cpu_count() or 1)
-            ray.init(num_cpus=cpus, include_dashboard=False, log_to_driver=False, logging_level=logging.WARNING)
+            ray.init(
+                address="local",
+                num_cpus=cpus,
+                include_dashboard=False,
+                log_to_driver=False,
+                logging_level=logging.WARNING,
+            )
     gpus = ray.cluster_resources().get("GPU", 0)
     if config.device is Device.gpu and not gpus:
         raise ServiceError(
