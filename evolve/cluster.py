@@ -17,6 +17,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
+from evolve.estimate import SHARD_CPUS
 from evolve.evaluate import Evaluator
 from evolve.policy.engine import PolicyEngine
 from evolve.reward.ppm import PPMEngine
@@ -65,12 +66,15 @@ def connect(config: ClusterConfig) -> str:
     return "gpu" if gpus and config.device is not Device.cpu else "cpu"
 
 
-def bundle(config: EvolveConfig, device: str, ppm: bool) -> dict[str, float]:
-    """What one shard takes of its node: CPUs for its verifier, GPUs for its engines."""
-    need = {"CPU": config.cluster.verifier_cpus}
-    if device == "gpu":
-        need["GPU"] = config.policy.engine.gpus + (config.ppm.engine.gpus if ppm else 0.0)
-    return need
+def bundle(config: EvolveConfig, engine: EngineConfig, device: str, ppm: bool) -> dict[str, float]:
+    """What one shard takes of its node: CPUs for its verifier (and its actors), GPUs for its engines.
+
+    On CPUs engines reserve none: they stay up beside the trainers, and reservations only order who may start.
+    """
+    if device == "cpu":
+        return {"CPU": config.cluster.verifier_cpus}
+    gpus = engine.gpus + (config.ppm.engine.gpus if ppm else 0.0)
+    return {"CPU": config.cluster.verifier_cpus + SHARD_CPUS, "GPU": gpus}
 
 
 def shard_count(config: EvolveConfig, need: dict[str, float]) -> int:
@@ -141,12 +145,11 @@ class Fleet:
     def load(self, policy: Checkpoint, ppm: Checkpoint | None, engine: EngineConfig | None = None) -> None:
         """Make every shard serve these checkpoints. `engine`: settings of another model than the policy's."""
         engine = engine or self.config.policy.engine
-        with_ppm = ppm is not None
-        if self.groups and (engine is not self._engine or (with_ppm and self._ppm is None)):
-            if engine is not self._engine:
-                self.stop()
-            elif ppm is not None:
-                self._add_ppm(ppm)
+        add_ppm = ppm is not None and self._ppm is None
+        if self.groups and (engine is not self._engine or (add_ppm and self.device == "gpu")):
+            self.stop()
+        if self.groups and ppm is not None and add_ppm:
+            self._add_ppm(ppm)
         if not self.groups:
             self._start(policy, ppm, engine)
         if self._policy != policy:
@@ -176,7 +179,7 @@ class Fleet:
     # ------------------------------------------------------------------ inside
 
     def _start(self, policy: Checkpoint, ppm: Checkpoint | None, engine: EngineConfig) -> None:
-        need = bundle(self.config, self.device, ppm is not None or self.device == "gpu")
+        need = bundle(self.config, engine, self.device, ppm is not None)
         count = shard_count(self.config, need)
         timeout = self.config.cluster.placement_timeout_s
         for number in range(count):
