@@ -17,7 +17,6 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from evolve.estimate import SHARD_CPUS
 from evolve.evaluate import Evaluator
 from evolve.policy.engine import PolicyEngine
 from evolve.reward.ppm import PPMEngine
@@ -67,14 +66,14 @@ def connect(config: ClusterConfig) -> str:
 
 
 def bundle(config: EvolveConfig, engine: EngineConfig, device: str, ppm: bool) -> dict[str, float]:
-    """What one shard takes of its node: CPUs for its verifier (and its actors), GPUs for its engines.
+    """What one shard takes of its node: CPUs for its verifier, GPUs for its engines.
 
     On CPUs engines reserve none: they stay up beside the trainers, and reservations only order who may start.
     """
     if device == "cpu":
         return {"CPU": config.cluster.verifier_cpus}
     gpus = engine.gpus + (config.ppm.engine.gpus if ppm else 0.0)
-    return {"CPU": config.cluster.verifier_cpus + SHARD_CPUS, "GPU": gpus}
+    return {"CPU": config.cluster.verifier_cpus, "GPU": gpus}
 
 
 def shard_count(config: EvolveConfig, need: dict[str, float]) -> int:
