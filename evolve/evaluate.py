@@ -46,6 +46,8 @@ class EvalJob:
     """Path and digest of the policy's checkpoint."""
     ppm: tuple[str, str] | None = None
     """The PPM's; None leaves out what needs one."""
+    searched: frozenset[str] = frozenset()
+    """Ids of the problems that beam and PPM-guided search are run on."""
     beam_width: int = 0
     beam_candidates: int = 0
     search_rollouts: int = 0
@@ -139,7 +141,7 @@ class Evaluator:
         )
         if not record.skipped:
             await self._sample(bare, prompt, job, seed + 1, record)
-            if job.ppm is not None:
+            if job.ppm is not None and problem.id in job.searched:
                 record.beam = await self._beam(bare, prompt, job, seed + 2)
                 record.search = await self._search(bare, prompt, job, seed + 3)
         return record
@@ -248,6 +250,7 @@ def interval(values: Sequence[float], resamples: int, seed: int = 0) -> Interval
 def table(records: Sequence[Record], resamples: int) -> list[EvalRow]:
     """One row a method; `detail` holds the paired difference to the majority vote, where it applies."""
     methods: list[tuple[str, Callable[[Record], float], int, int]] = []
+    of: dict[str, list[Record]] = {}
     sampled = sum(s.tokens for r in records for s in r.samples)
     scored = sum(r.scored_tokens for r in records)
     k = max((len(r.samples) for r in records), default=0)
@@ -264,6 +267,7 @@ def table(records: Sequence[Record], resamples: int) -> list[EvalRow]:
     for name, get in (("PPM beam", lambda r: r.beam), ("PPM-guided MCTS", lambda r: r.search)):
         found = [f for r in records if (f := get(r)) is not None]
         if found:
+            of[name] = [r for r in records if get(r) is not None]
             methods.append(
                 (
                     name,
@@ -274,14 +278,15 @@ def table(records: Sequence[Record], resamples: int) -> list[EvalRow]:
             )
     rows = []
     for name, value, tokens, scored_tokens in methods:
-        values = [value(r) for r in records]
+        measured = of.get(name, list(records))
+        values = [value(r) for r in measured]
         detail: dict[str, float] = {}
         if k and name.startswith("PPM"):
             for label, other in (("majority", majority), ("logprob", lambda r: best(r, lambda s: s.logprob))):
-                paired = interval([v - float(other(r)) for v, r in zip(values, records, strict=True)], resamples)
+                paired = interval([v - float(other(r)) for v, r in zip(values, measured, strict=True)], resamples)
                 detail |= {f"minus_{label}": paired.value, f"minus_{label}_low": paired.low}
                 detail[f"minus_{label}_high"] = paired.high
-        rows.append(EvalRow(name, interval(values, resamples), len(records), tokens, scored_tokens, detail))
+        rows.append(EvalRow(name, interval(values, resamples), len(measured), tokens, scored_tokens, detail))
     return rows
 
 

@@ -72,7 +72,7 @@ def show_round(report: Mapping[str, Any], number: int, console: Console) -> None
         console.print(table)
     if "evaluation" in entry:
         table = Table(title=f"{name}: held-out problems", title_justify="left")
-        for column in ("method", "correct", "95 % interval", "tokens", "PPM tokens", "minus majority"):
+        for column in ("method", "correct", "95 % interval", "problems", "tokens", "PPM tokens", "minus majority"):
             table.add_column(column, justify="left" if column == "method" else "right")
         for row in entry["evaluation"]["rows"]:
             accuracy, detail = row["accuracy"], row["detail"]
@@ -86,6 +86,7 @@ def show_round(report: Mapping[str, Any], number: int, console: Console) -> None
                 row["method"],
                 f"{accuracy['value']:.1%}",
                 _range(accuracy),
+                str(row["problems"]),
                 f"{row['tokens']:,}",
                 f"{row['scored_tokens']:,}" if row["scored_tokens"] else "",
                 paired,

@@ -99,8 +99,8 @@ class ProblemsConfig:
 class ToyConfig:
     """The tiny world; used where `problems.path` or `policy.model` is `toy`."""
 
-    difficulties: list[int] = field(default_factory=lambda: [1, 2, 2, 3, 3, 4, 4, 5, 6])
-    """Number of events of the problems, drawn from evenly."""
+    difficulties: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 2, 3, 3, 4, 5])
+    """Numbers of events of the problems (beside the opening sentence), drawn from evenly."""
     operations: int = 12
     """How many kinds of event there are, simplest first (4 to 12)."""
     demonstrations: int = 2500
@@ -282,6 +282,8 @@ class EvaluateConfig:
     """Tokens of a whole solution's code."""
     beam_width: int = 2
     beam_candidates: int = 4
+    search_problems: int | None = None
+    """Held-out problems that beam and PPM-guided search are run on; null: all."""
     search_rollouts: int = 0
     """Rollouts of PPM-guided search; 0 leaves it out."""
     search_candidates: int = 4

@@ -39,6 +39,7 @@ def evaluate(run: Run, k: int) -> None:
         concurrent=config.search.concurrent_trees,
         policy=(policy.path, policy.digest),
         ppm=(ppm.path, ppm.digest) if ppm else None,
+        searched=frozenset(p.id for p in run.problems.test[: config.evaluate.search_problems]),
         beam_width=config.evaluate.beam_width,
         beam_candidates=config.evaluate.beam_candidates,
         search_rollouts=config.evaluate.search_rollouts,
