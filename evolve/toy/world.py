@@ -46,7 +46,7 @@ SPLITS: dict[Split, range] = {
 }
 """Sixteenths of the space of questions that each split owns."""
 
-WILD_SHARE = 0.3
+WILD_SHARE = 0.38
 """Probability that a sentence is said in a wild form."""
 LARGEST_AMOUNT = 999
 _ATTEMPTS = 10_000
