@@ -5,7 +5,6 @@ Running the same command again continues after the last finished tree and stage.
 
 from __future__ import annotations
 
-import signal
 import sys
 from collections.abc import Sequence
 
@@ -17,8 +16,6 @@ from evolve.schema import EvolveConfig
 
 def main(argv: Sequence[str]) -> int:
     """Drive a run; returns the exit status."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, _stop)
     try:
         order = command(argv)
         if order.plan:
@@ -37,12 +34,6 @@ def main(argv: Sequence[str]) -> int:
         print("stopped; the same command continues from here", file=sys.stderr)
         return 130
     return 0
-
-
-def _stop(number: int, frame: object) -> None:
-    """End in good order on the first signal; a second one ends at once."""
-    signal.signal(number, signal.SIG_DFL)
-    raise KeyboardInterrupt
 
 
 def evolve(config: EvolveConfig) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 import time
 from collections.abc import Iterator
@@ -76,9 +77,13 @@ def open_run(config: EvolveConfig) -> Iterator[Run]:
     try:
         _check_same_configuration(config, directory)
         device = cluster.connect(config.cluster)
+        for number in (signal.SIGINT, signal.SIGTERM):  # after Ray, which sets a handler of its own
+            signal.signal(number, _stop)
         base = _base_model(config, directory, line)
         fleet = Fleet(config, device)
         trainers = TrainerGroup(_workers(config, device), directory.path / "trainer")
+        if device == "cpu":
+            trainers.start()  # beside the search; on GPUs the engines must go first
         metrics = report.Metrics(directory, config)
         try:
             yield Run(config, directory, problems, base, fleet, trainers, metrics, line, console)
@@ -88,6 +93,12 @@ def open_run(config: EvolveConfig) -> Iterator[Run]:
             fleet.stop()
     finally:
         lock.release()
+
+
+def _stop(number: int, frame: object) -> None:
+    """End in good order on the first signal; a second one ends at once."""
+    signal.signal(number, signal.SIG_DFL)
+    raise KeyboardInterrupt
 
 
 def rounds_to_do(run: Run) -> list[int]:
