@@ -109,7 +109,7 @@ class ToyConfig:
     tokens_per_step: int = 1024
     hidden_size: int = 128
     layers: int = 3
-    threads: int = 2
+    threads: int = 1
     """Torch threads of the pre-training."""
 
 
