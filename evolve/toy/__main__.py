@@ -7,6 +7,7 @@ python -m evolve.toy --show 5
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from pathlib import Path
 
@@ -41,6 +42,9 @@ def _show(count: int, seed: int, difficulties: list[int], operations: int) -> No
 
 
 def _build(config: ToyConfig, seed: int, output: Path, threads: int) -> None:
+    # Read when torch is loaded. Threads that spin while they wait slow each other down many times over
+    # where something else uses the cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     from evolve.toy.seed_model import build
 
     def progress(step: int, steps: int, loss: float) -> None:
