@@ -61,7 +61,7 @@ class Retokenise:
                     tree.inserted_ids[node] = encode(fmt.inserted(step, tree.stdout[node]))
 
 
-@ray.remote(num_cpus=0)
+@ray.remote(num_cpus=0.5)
 def _extract(path: Path, ppm: PPMConfig, retokenise: Retokenise | None) -> tuple[pa.Table, pa.Table]:
     """Trajectories and step pairs of one part file."""
     trees = read_part(path)
@@ -72,7 +72,7 @@ def _extract(path: Path, ppm: PPMConfig, retokenise: Retokenise | None) -> tuple
     return rows.to_table(trajectories, Trajectory), rows.to_table(pairs, StepPair)
 
 
-@ray.remote(num_cpus=0)
+@ray.remote(num_cpus=0.5)
 def _assemble(
     sft_path: Path, ppm_path: Path, sft: SFTConfig, synthetic: Collection[str], *parts: tuple[pa.Table, pa.Table]
 ) -> dict[str, dict[str, Any]]:
