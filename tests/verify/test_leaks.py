@@ -14,8 +14,11 @@ HOSTILE = [
     ("while True: pass  # {i}", {Status.TIMEOUT}),
     ("import os  # {i}\nos._exit(0)", {Status.CRASH}),
     ("import os  # {i}\nwhile True:\n    try:\n        os.fork()\n    except OSError:\n        pass", {Status.CRASH}),
-    ("import os  # {i}\nfor fd in range(3, 9):\n    try:\n        os.write(fd, b'H')\n    except OSError:\n        pass",
-     {Status.REFUSED}),
+    (
+        "import os  # {i}\nfor fd in range(3, 9):\n    try:\n"
+        "        os.write(fd, b'H')\n    except OSError:\n        pass",
+        {Status.REFUSED},
+    ),
     ("x = [{i}]\nwhile True:\n    x.append(b'a' * 10**7)", {Status.ERROR}),
 ]  # fmt: skip
 EXECUTIONS = 10_000
