@@ -125,9 +125,9 @@ class Group:
     shard: Any
     evaluator: Any
 
-    def actors(self) -> list[Any]:
-        """All of them, those that hold GPUs first."""
-        return [a for a in (self.policy, self.ppm, self.verifier, self.shard, self.evaluator) if a is not None]
+    def services(self) -> list[Any]:
+        """The engines and the verifier."""
+        return [actor for actor in (self.policy, self.ppm, self.verifier) if actor is not None]
 
 
 @dataclass(slots=True)
@@ -167,9 +167,11 @@ class Fleet:
     def stop(self) -> None:
         """End all actors and give back what they reserved."""
         for group in self.groups:
-            closing = [actor.close.remote() for actor in (group.policy, group.ppm, group.verifier) if actor is not None]
+            for client in (group.shard, group.evaluator):  # before the engines they wait for
+                ray.kill(client)
+            closing = [actor.close.remote() for actor in group.services()]
             ray.wait(closing, num_returns=len(closing), timeout=30)
-            for actor in group.actors():
+            for actor in group.services():
                 ray.kill(actor)
             remove_placement_group(group.placement)
         self.groups.clear()
@@ -185,7 +187,7 @@ class Fleet:
             name = f"shard-{number}"
             placement = reserve(need, name, timeout)
             self.groups.append(self._group(name, placement, policy, ppm, engine))
-        services = [(a, g.name) for g in self.groups for a in (g.policy, g.verifier, g.ppm) if a is not None]
+        services = [(actor, group.name) for group in self.groups for actor in group.services()]
         _ready(services, engine.start_timeout_s)
         self._policy, self._ppm, self._engine = policy, ppm, engine
 
