@@ -23,6 +23,7 @@ import time
 from collections.abc import Mapping
 from typing import Any
 
+from omegaconf import OmegaConf
 from rich.console import Console
 from rich.table import Table
 
@@ -140,8 +141,7 @@ class Metrics:
 
     def __init__(self, run: RunDirectory, config: EvolveConfig) -> None:
         self._run, self._config = run, config
-        self._wandb: Any = None
-        self._round: int | None = None
+        self._open: dict[int, Any] = {}
 
     def log(self, round_: int, values: Mapping[str, Any], **digests: str) -> None:
         """Record numbers of a round under their slash-separated names."""
@@ -150,21 +150,21 @@ class Metrics:
             file.write(json.dumps(line) + "\n")
         if self._config.wandb.mode is WandbMode.disabled:
             return
-        if self._round != round_:
-            self._open(round_)
-        self._wandb.config.update(digests, allow_val_change=True)
-        self._wandb.log(dict(values))
+        if round_ not in self._open:
+            self._open[round_] = self._wandb_run(round_)
+        self._open[round_].config.update(digests, allow_val_change=True)
+        self._open[round_].log(dict(values))
 
-    def _open(self, round_: int) -> None:
+    def _wandb_run(self, round_: int) -> Any:
         import wandb
 
-        self.close()
         mode = self._config.wandb.mode
         has_key = bool(os.environ.get("WANDB_API_KEY")) or _logged_in()
         chosen: Any = ("online" if has_key else "offline") if mode is WandbMode.auto else mode.value
         name = self._config.run.name
         identity = hashlib.sha256(f"{self._run.path.resolve()}".encode()).hexdigest()[:8]
-        self._wandb = wandb.init(
+        settings: Any = OmegaConf.to_container(OmegaConf.create(to_yaml(self._config)))
+        return wandb.init(
             project=self._config.wandb.project,
             entity=self._config.wandb.entity,
             group=f"{name}-{identity}",
@@ -173,16 +173,16 @@ class Metrics:
             resume="allow",
             mode=chosen,
             dir=str(self._run.path),
-            config={"config": to_yaml(self._config), "round": round_},
+            config=settings | {"round": round_},
+            reinit="create_new",
             settings=wandb.Settings(silent=True, console="off", disable_git=True),
         )
-        self._round = round_
 
     def close(self) -> None:
-        """Finish the W&B run that is open."""
-        if self._wandb is not None:
-            self._wandb.finish()
-            self._wandb, self._round = None, None
+        """Finish the W&B runs."""
+        for run in self._open.values():
+            run.finish()
+        self._open.clear()
 
 
 def _logged_in() -> bool:
