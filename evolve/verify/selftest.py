@@ -97,6 +97,11 @@ def descendants() -> dict[int, str]:
     return found
 
 
+def stopped() -> int:
+    """How many processes below this one are stopped."""
+    return sum(state == "T" for state in descendants().values())
+
+
 class SelfTest:
     """One verifier put through snippets."""
 
@@ -105,6 +110,8 @@ class SelfTest:
         self.verifier = SandboxVerifier(config, layers)
         self.config = config
         self.canary = Problem("canary", "", (GOLD,))
+        self.others = stopped()
+        """Stopped processes that are another verifier's of this process."""
 
     async def run(self, problem: Problem, parent: Iterable[str], step: str, limit: float, spare: float) -> Verdict:
         """Execute a step under its own limits; `spare`: how much more wall than CPU time."""
@@ -193,7 +200,7 @@ class SelfTest:
         for _ in range(50):
             awake = await self.awake()
             snapshots = int((await self.verifier.stats())["snapshots"])
-            idle = sum(state == "T" for state in descendants().values())
+            idle = stopped() - self.others
             if idle == snapshots and awake <= before:
                 return
             await asyncio.sleep(0.02)
