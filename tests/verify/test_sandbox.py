@@ -113,7 +113,7 @@ async def test_output_is_capped_in_bytes_and_flagged(verifier: SandboxVerifier) 
 
 
 async def test_spinning_and_sleeping_end_at_their_limits(verifier: SandboxVerifier) -> None:
-    quick = SandboxVerifier(VerifierConfig(supervisors=1, cpu_s=0.3, wall_s=1.0))
+    quick = SandboxVerifier(VerifierConfig(supervisors=1, cpu_s=0.3, wall_s=8.0))
     try:
         spin = await quick.check(problem(), (), "while True:\n    pass")
         sleep = await quick.check(problem(), (), "import time\ntime.sleep(60)")
@@ -123,7 +123,7 @@ async def test_spinning_and_sleeping_end_at_their_limits(verifier: SandboxVerifi
     assert [v.status for v in (spin, sleep, tower)] == [Status.TIMEOUT] * 3
     assert "CPU" in spin.message
     assert "wall" in sleep.message
-    assert 0.3 <= spin.cpu_s < 0.6
+    assert 0.3 <= spin.cpu_s < 1.0
 
 
 async def test_memory_is_limited(verifier: SandboxVerifier) -> None:
