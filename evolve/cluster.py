@@ -54,7 +54,7 @@ def connect(config: ClusterConfig) -> str:
                 num_cpus=cpus,
                 include_dashboard=False,
                 log_to_driver=False,
-                logging_level=logging.WARNING,
+                logging_level=logging.ERROR,
             )
     gpus = ray.cluster_resources().get("GPU", 0)
     if config.device is Device.gpu and not gpus:
