@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -20,6 +19,7 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from evolve.learn.errors import LearningError
 from evolve.schema import Precision, TrainConfig
+from evolve.store.files import sync
 
 _COPIED = (
     "tokenizer*",
@@ -211,18 +211,10 @@ def publish(aside: Path, final: Path) -> None:
     """Make a finished directory appear under its final name all at once, durably."""
     for file in aside.rglob("*"):
         if file.is_file():
-            _sync(file)
-    _sync(aside)
+            sync(file)
+    sync(aside)
     aside.rename(final)
-    _sync(final.parent)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    sync(final.parent)
 
 
 def device() -> torch.device:

@@ -12,7 +12,6 @@ A `.arrow` file is memory-mapped when read, so that a large one costs a trainer 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import fields
 from pathlib import Path
@@ -21,6 +20,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from evolve.store.files import publish_file
 from evolve.types import StepPair, Trajectory
 
 Row = TypeVar("Row", Trajectory, StepPair)
@@ -69,18 +69,17 @@ def from_table(table: pa.Table, row_type: type[Row]) -> list[Row]:
 def write(table: pa.Table, path: str | Path) -> None:
     """Publish a table at `path` (`.parquet` or `.arrow`): written beside, synced, renamed."""
     path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
     if path.suffix == ".parquet":
-        pq.write_table(table, aside, compression="zstd")
+        publish_file(path, lambda aside: pq.write_table(table, aside, compression="zstd"))
     elif path.suffix == ".arrow":
-        with pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
-            writer.write_table(table)
+        publish_file(path, lambda aside: _write_arrow(table, aside))
     else:
         raise ValueError(f"{path}: rows are written as .parquet or .arrow, not {path.suffix!r}")
-    with aside.open("rb+") as file:
-        os.fsync(file.fileno())
-    aside.replace(path)
+
+
+def _write_arrow(table: pa.Table, path: Path) -> None:
+    with pa.OSFile(str(path), "wb") as sink, pa.ipc.new_file(sink, table.schema) as writer:
+        writer.write_table(table)
 
 
 def read(paths: Sequence[str | Path]) -> pa.Table:

@@ -12,7 +12,7 @@ This file also runs inside the sandbox, by path: it imports nothing of this pack
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any
@@ -131,10 +131,15 @@ def quick_equiv(a: str, b: str) -> bool | None:
 
 def quick_group(answers: Sequence[str]) -> tuple[list[int], list[int]]:
     """Group by what `quick_equiv` can tell: for each answer its group's first index, and those indices."""
+    return _group(answers, quick_equiv)
+
+
+def _group(answers: Sequence[str], equal: Callable[[str, str], bool | None]) -> tuple[list[int], list[int]]:
+    """For each answer the index of the first answer `equal` to it, and those indices."""
     firsts: list[int] = []
     found: list[int] = []
     for index, answer in enumerate(answers):
-        first = next((i for i in firsts if quick_equiv(answers[i], answer)), index)
+        first = next((i for i in firsts if equal(answers[i], answer)), index)
         if first == index:
             firsts.append(index)
         found.append(first)
@@ -626,14 +631,7 @@ def equiv(a: str, b: str) -> bool:
 
 def group(answers: Sequence[str]) -> list[int]:
     """For each answer the index of the first answer equal to it."""
-    firsts: list[int] = []
-    found: list[int] = []
-    for index, answer in enumerate(answers):
-        first = next((i for i in firsts if equiv(answers[i], answer)), index)
-        if first == index:
-            firsts.append(index)
-        found.append(first)
-    return found
+    return _group(answers, equiv)[0]
 
 
 def warm_up() -> None:
