@@ -145,11 +145,13 @@ def private_bytes(pid: int) -> int:
 
 
 async def snapshot_mb(count: int) -> float:
-    """Memory that a stopped snapshot with a sympy state does not share, MB."""
+    """Memory that a stopped snapshot with a sympy state does not share, MB: the mean over solved quadratics,
+    every other one with irrational roots, which take more of sympy."""
     verifier = SandboxVerifier(VerifierConfig(supervisors=1))
     try:
         for i in range(count):
-            code = f"from sympy import symbols, solve\nx = symbols('x')\nprint(solve(x**2 - {i}*x + 1, x))"
+            constant = i - 1 if i % 2 else 1
+            code = f"from sympy import symbols, solve\nx = symbols('x')\nprint(solve(x**2 - {i}*x + {constant}, x))"
             await execute(verifier, f"memory {i}", (code,), "full")
         private = 0
         for pid in [pid for pid, state in descendants().items() if state == "T"]:

@@ -19,6 +19,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from evolve.verify import cgroups
+
 UNPRIVILEGED = 65534
 """User and group id of sandboxed interpreters (nobody)."""
 
@@ -28,8 +30,11 @@ PACKAGES = (
 )
 """What of the environment's packages is visible inside; the rest is not mounted."""
 
+MODULES = ("launcher", "zygote", "arithmetic", "grading", "numerals", "notation", "structure", "formulas")
+"""What of this package itself is visible inside."""
+
 INSIDE = "/sandbox"
-"""Where this package's own files and `PACKAGES` are mounted inside."""
+"""Where `MODULES` and `PACKAGES` are mounted inside."""
 
 # LD_BIND_NOW: symbols bound lazily would be bound again, and pages copied, in every forked process.
 ENVIRONMENT = {
@@ -42,6 +47,8 @@ ENVIRONMENT = {
     "OPENBLAS_NUM_THREADS": "1",
     "OMP_NUM_THREADS": "1",
     "MKL_NUM_THREADS": "1",
+    # A bounded cache writes to its entries' links at every hit, which copies their pages in every node.
+    "SYMPY_CACHE_SIZE": "None",
 }
 
 
@@ -59,6 +66,8 @@ class Layers:
     """User to become inside, or None to stay the (unprivileged) user."""
     landlock: int
     """Landlock ABI version; 0: none."""
+    cgroup: str | None = None
+    """Directory in which memory control groups can be made, or None."""
     seccomp: bool = True
     """False only in tests, which show that something then breaks."""
     limits: bool = True
@@ -74,7 +83,7 @@ class Layers:
             parts.append("namespaces" if "--unshare-net" in self.bwrap else "mounts")
         if self.landlock:
             parts.append(f"landlock{self.landlock}")
-        parts += ["seccomp"] * self.seccomp + ["limits"] * self.limits
+        parts += ["seccomp"] * self.seccomp + ["limits"] * self.limits + ["cgroup"] * (self.cgroup is not None)
         if self.uid is not None:
             parts.append(f"uid{self.uid}")
         return "+".join(parts)
@@ -140,8 +149,7 @@ def _mounts() -> list[str]:
     prefixes = [base / "bin", base / "lib"] if base != Path("/usr") else [interpreter()]
     binds += [("--ro-bind-try", path, str(path)) for path in (*roots, *prefixes)]
     here = Path(__file__).parent
-    names = ("launcher.py", "zygote.py", "arithmetic.py", "grading.py")
-    binds += [("--ro-bind", here / name, f"{INSIDE}/verify/{name}") for name in names]
+    binds += [("--ro-bind", here / f"{name}.py", f"{INSIDE}/verify/{name}.py") for name in MODULES]
     binds += [("--ro-bind", source, f"{INSIDE}/site/{name}") for name, source in site_paths().items()]
     # bubblewrap makes parent directories private to the user it runs as, who is not the one inside.
     parents = {str(parent) for _, _, inside in binds for parent in Path(inside).parents}
@@ -247,7 +255,10 @@ def detect() -> Layers:
             )
     elif "--unshare-net" not in layers.bwrap:
         missing.append("network namespace: refused here; sockets are still refused by seccomp")
-    return replace(layers, missing=tuple(missing))
+    group = cgroups.find()
+    if group is None:
+        missing.append(cgroups.MISSING)
+    return replace(layers, cgroup=None if group is None else str(group), missing=tuple(missing))
 
 
 def _with_namespaces(plain: Layers) -> tuple[Layers, str]:
@@ -266,7 +277,7 @@ def _with_namespaces(plain: Layers) -> tuple[Layers, str]:
 
 
 def without(layers: Layers, *names: str) -> Layers:
-    """`layers` with some switched off (`namespaces`, `landlock`, `seccomp`, `limits`). Only tests do this."""
+    """`layers` with some switched off (`namespaces`, `landlock`, `seccomp`, `limits`, `cgroup`). Only tests do this."""
     for name in names:
         if name == "namespaces":
             layers = replace(layers, bwrap=None)
@@ -276,6 +287,8 @@ def without(layers: Layers, *names: str) -> Layers:
             layers = replace(layers, seccomp=False)
         elif name == "limits":
             layers = replace(layers, limits=False)
+        elif name == "cgroup":
+            layers = replace(layers, cgroup=None)
         else:
             raise ValueError(f"no such layer: {name!r}")
     return layers

@@ -122,11 +122,13 @@ class SelfTest:
             return await self.verifier.check(problem, tuple(parent), step)
         return await self.verifier.execute(problem.id, codes, kind, keys, limit, limit * spare)
 
-    async def prepare(self) -> None:
-        """Start everything, and leave a canary: a live state that must survive all that follows."""
+    async def prepare(self, warm: int = 63) -> None:
+        """Start everything, and leave a canary: a live state that must survive all that follows.
+
+        `warm`: further problems, so many that every supervisor gets some and so has all its interpreter servers up.
+        """
         self.quadratic = "from sympy import symbols, solve\nx = symbols('x')"
-        # Enough problems that every supervisor gets some, and so has all its interpreter servers up.
-        problems = [self.canary, *(Problem(f"warm{i}", "", (GOLD,)) for i in range(63))]
+        problems = [self.canary, *(Problem(f"warm{i}", "", (GOLD,)) for i in range(warm))]
         for verdicts in (
             await self.verifier.check_many([(problem, (), self.quadratic) for problem in problems]),
             await self.verifier.check_many([(problem, (), "light = 1") for problem in problems]),

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
 
-from evolve.verify import layers
+from evolve.verify import cgroups, layers
 from evolve.verify.layers import Layers
 from evolve.verify.seccomp import compile_filter, seccomp_syscall_number
 
@@ -89,6 +89,8 @@ class ServerSettings:
 
     layers: Layers
     memory_mb: int
+    group_mb: int
+    """Memory of all processes of one server together, where there are control groups."""
     cpu_s: int
     """Backstop in the kernel, seconds of CPU of one process; above every limit that is enforced from outside."""
     output_bytes: int
@@ -111,6 +113,8 @@ class Server:
     failures: int = 0
     """Starts in a row that did not end in READY."""
     log: int = -1
+    group: Path | None = None
+    """Its control group."""
     init: int = 0
     """First process of the pid namespace, if there is one: all others end before it does."""
 
@@ -120,6 +124,9 @@ class Server:
         # A pipe, since RLIMIT_FSIZE forbids the sandbox any file.
         self.log, log = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
         command = layers.command(self.settings.layers, self.kind, theirs.fileno(), self.settings.memory_mb)
+        if self.settings.layers.cgroup is not None:
+            self.group = cgroups.make(Path(self.settings.layers.cgroup), self.kind, self.settings.group_mb << 20)
+            command = cgroups.entering(self.group, command)
         self.process = subprocess.Popen(
             command,
             stdin=subprocess.DEVNULL,
@@ -238,6 +245,9 @@ class Server:
             if getattr(self, name) >= 0:
                 os.close(getattr(self, name))
                 setattr(self, name, -1)
+        if self.group is not None:
+            cgroups.remove(self.group, 0.1)
+            self.group = None
         self.pid = self.init = 0
         self.permits.clear()
         self.strikes.clear()

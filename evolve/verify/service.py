@@ -20,13 +20,15 @@ from collections import Counter, OrderedDict
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Any, cast
+from typing import Any
 
 from evolve.schema import VerifierConfig
 from evolve.types import Outcome, Problem, Status, Verdict
-from evolve.verify import grading
+from evolve.verify import cgroups
 from evolve.verify.layers import ENVIRONMENT, Layers, detect
+from evolve.verify.link import Link
 from evolve.verify.nodes import digest
+from evolve.verify.numerals import quick_equiv, quick_group
 from evolve.verify.steps import looks_plain, needs_full, prefix_keys, refusal, validate
 
 SLOTS = 4
@@ -35,46 +37,11 @@ SLOTS = 4
 ATTEMPTS = 3
 """Supervisors a request may lose before it counts as a failure of the sandbox."""
 
+PROBE = "\\sqrt{2} + x"
+"""A formula that any answer can be compared with: an answer that hangs against it hangs by itself."""
+
 CACHED = 1 << 16
 """Verdicts and output digests remembered."""
-
-
-class _Link(asyncio.Protocol):
-    """The connection to one supervisor process: frames out, frames in, and the requests it holds."""
-
-    def __init__(self, owner: SandboxVerifier, index: int) -> None:
-        self.owner, self.index = owner, index
-        self.held: dict[int, tuple[asyncio.Future[dict[str, Any]], bytes, int]] = {}
-        self.received = bytearray()
-        self.transport: asyncio.Transport | None = None
-        self.relaunch: asyncio.Task[None] | None = None
-        self.process: subprocess.Popen[bytes] | None = None
-
-    def connection_made(self, transport: asyncio.BaseTransport) -> None:
-        # Not an isinstance check: the transports of uvloop, which Ray actors run on, are of no asyncio class.
-        self.transport = cast(asyncio.Transport, transport)
-
-    def data_received(self, data: bytes) -> None:
-        self.received += data
-        start = 0
-        while len(self.received) - start >= 4:
-            (size,) = struct.unpack_from(">I", self.received, start)
-            if len(self.received) - start < 4 + size:
-                break
-            body = json.loads(self.received[start + 4 : start + 4 + size])
-            start += 4 + size
-            future, _, _ = self.held.pop(body["i"])
-            if not future.done():
-                future.set_result(body)
-        del self.received[:start]
-
-    def connection_lost(self, exc: Exception | None) -> None:
-        self.owner._supervisor_died(self)
-
-    def send(self, number: int, packet: bytes, future: asyncio.Future[dict[str, Any]], attempts: int) -> None:
-        self.held[number] = (future, packet, attempts)
-        if self.transport is not None:
-            self.transport.write(packet)
 
 
 class SandboxVerifier:
@@ -89,7 +56,7 @@ class SandboxVerifier:
         validate(config)
         self.config = config
         self.layers = layers
-        self._links: list[_Link] = []
+        self._links: list[Link] = []
         self._closed = False
         self._starting: asyncio.Lock | None = None
         self._room = asyncio.Semaphore(config.queue)
@@ -130,15 +97,15 @@ class SandboxVerifier:
                 return
             if self.layers is None:
                 self.layers = await asyncio.to_thread(detect)
-                for lack in self.layers.missing:
-                    warnings.warn(f"the sandbox lacks a layer: {lack}", RuntimeWarning, stacklevel=2)
+            for lack in self.layers.missing:
+                warnings.warn(f"the sandbox lacks a layer: {lack}", RuntimeWarning, stacklevel=2)
             count = self.config.supervisors or len(os.sched_getaffinity(0))
-            links = [_Link(self, index) for index in range(count)]
+            links = [Link(self, index) for index in range(count)]
             for link in links:
                 await self._launch(link)
             self._links = links
 
-    async def _launch(self, link: _Link) -> None:
+    async def _launch(self, link: Link) -> None:
         """Execute a supervisor process and connect to it."""
         assert self.layers is not None
         ours, theirs = socket.socketpair()
@@ -165,7 +132,7 @@ class SandboxVerifier:
         ours.setblocking(False)
         await asyncio.get_running_loop().create_connection(lambda: link, sock=ours)
 
-    def _supervisor_died(self, link: _Link) -> None:
+    def supervisor_died(self, link: Link) -> None:
         """Start another in its place, which gets the requests that were held."""
         link.transport = None
         if link.process is not None:
@@ -187,7 +154,7 @@ class SandboxVerifier:
                 link.held[number] = (future, packet, attempts + 1)
         link.relaunch = asyncio.get_running_loop().create_task(self._relaunch(link))
 
-    async def _relaunch(self, link: _Link) -> None:
+    async def _relaunch(self, link: Link) -> None:
         await self._launch(link)
         assert link.transport is not None
         for _, packet, _ in list(link.held.values()):
@@ -202,6 +169,8 @@ class SandboxVerifier:
         for link in self._links:
             if link.process is not None:
                 await asyncio.to_thread(link.process.wait)
+        if self.layers is not None and self.layers.cgroup is not None:
+            await asyncio.to_thread(cgroups.clear, Path(self.layers.cgroup), 5.0)
 
     # ------------------------------------------------------------------ requests
 
@@ -314,7 +283,7 @@ class SandboxVerifier:
         self._counts["grades"] += 1
         pairs = []
         for gold in problem.answers:
-            equal = grading.quick_equiv(gold, answer)
+            equal = quick_equiv(gold, answer)
             if equal:
                 return Outcome.CORRECT
             if equal is None:
@@ -336,7 +305,7 @@ class SandboxVerifier:
 
     async def group(self, answers: Sequence[str]) -> list[int]:
         """For each answer the index of the first answer equal to it."""
-        result, firsts = grading.quick_group(answers)
+        result, firsts = quick_group(answers)
         if len(firsts) == 1:
             return result
         texts = [answers[index] for index in firsts]
@@ -347,14 +316,34 @@ class SandboxVerifier:
         return [merged[index] for index in result]
 
     async def _group_apart(self, texts: list[str]) -> list[int]:
-        """Group with a child, and so a time limit, for each comparison; one that ends in neither is unequal."""
+        """Group where some comparison hangs. Answers that hang against anything stand alone; the rest is
+        grouped again without them, so that one such answer costs two time limits and not one for each pair."""
+        probes = await asyncio.gather(
+            *(self._compare(f"group:{index}:{text}", "G", [[text, PROBE]]) for index, text in enumerate(texts))
+        )
+        sound = [index for index, probe in enumerate(probes) if not isinstance(probe, Outcome)]
+        rest = [texts[index] for index in sound]
+        groups: list[int] | Outcome = Outcome.TIMEOUT
+        if 0 < len(rest) < len(texts):
+            groups = await self._compare("group:" + rest[0], "P", rest)
+        if isinstance(groups, Outcome):
+            groups = await self._group_one_by_one(rest)
+        result = list(range(len(texts)))
+        for place, index in enumerate(sound):
+            result[index] = sound[groups[place]]
+        return result
+
+    async def _group_one_by_one(self, texts: list[str]) -> list[int]:
+        """Group with a child, and so a time limit, for each answer; one that does not end stands alone."""
         firsts: list[int] = []
         result: list[int] = []
         for index, text in enumerate(texts):
-            compared = await asyncio.gather(
-                *(self._compare(f"group:{index}:{first}", "G", [[texts[first], text]]) for first in firsts)
-            )
-            found = next((f for f, equal in zip(firsts, compared, strict=True) if equal == [1]), index)
+            pairs = [[texts[first], text] for first in firsts]
+            equal = await self._compare(f"group:{index}:{text}", "G", pairs) if pairs else []
+            if isinstance(equal, Outcome):
+                result.append(index)
+                continue
+            found = next((first for first, same in zip(firsts, equal, strict=True) if same), index)
             if found == index:
                 firsts.append(index)
             result.append(found)

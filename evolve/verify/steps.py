@@ -7,14 +7,12 @@ from collections.abc import Sequence
 from functools import lru_cache
 from hashlib import blake2b
 
+from evolve.checks import verifier as verifier_findings
 from evolve.schema import VerifierConfig
 from evolve.types import Status, Verdict
 
 CODE_BYTES = 128 * 1024
 """Longest step that is run, bytes of UTF-8; what fits one packet."""
-
-OUTPUT_BYTES_MOST = 24 * 1024
-"""Largest `output_bytes`: JSON may take six bytes for one, and a result must fit one packet."""
 
 _LIGHT = frozenset(
     [
@@ -48,20 +46,8 @@ def validate(config: VerifierConfig) -> None:
     Raises:
         ValueError: names the key.
     """
-    rules: list[tuple[str, bool, str]] = [
-        ("supervisors", config.supervisors is None or 1 <= config.supervisors <= 1024, "from 1 to 1024"),
-        ("cpu_s", 0 < config.cpu_s <= 3600, "more than 0 and at most 3600 seconds"),
-        ("wall_s", config.cpu_s <= config.wall_s <= 86400, "at least verifier.cpu_s and at most a day"),
-        ("memory_mb", 256 <= config.memory_mb <= 1 << 20, "at least 256: sympy alone needs that"),
-        ("output_bytes", 1 <= config.output_bytes <= OUTPUT_BYTES_MOST, f"from 1 to {OUTPUT_BYTES_MOST}"),
-        ("snapshot_mb", config.snapshot_mb >= 16, "at least 16"),
-        ("grade_timeout_s", 0 < config.grade_timeout_s <= 3600, "more than 0 and at most 3600 seconds"),
-        ("queue", config.queue >= 1, "at least 1"),
-        ("max_infrastructure_failures", 0 <= config.max_infrastructure_failures <= 1, "from 0 to 1"),
-    ]
-    for key, holds, must in rules:
-        if not holds:
-            raise ValueError(f"verifier.{key} is {getattr(config, key)!r}; it must be {must}")
+    for finding in verifier_findings(config):
+        raise ValueError(f"{finding.key} {finding.what}; {finding.mend}")
 
 
 @lru_cache(maxsize=1 << 14)

@@ -12,7 +12,8 @@ import pytest_asyncio
 
 from evolve.schema import VerifierConfig
 from evolve.types import Outcome, Problem
-from evolve.verify.grading import equiv, extract_answer, group
+from evolve.verify.grading import equiv, group
+from evolve.verify.notation import extract_answer
 from evolve.verify.service import SandboxVerifier
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
@@ -58,6 +59,7 @@ EQUAL = [
     ("x=1,y=2", "y=2, x=1"),
     ("12 cm", "12 \\text{ cm}"),
     ("$\\frac{1}{2}$", "\\boxed{\\frac12}"),
+    ("10,\\!080", "10 , \\! 080"),
 ]
 UNEQUAL = [
     ("(1,2)", "(2,1)"),
@@ -206,3 +208,14 @@ async def test_sixty_four_answers_are_grouped_quickly(verifier: SandboxVerifier)
     started = time.monotonic()
     assert await verifier.group(answers) == [i % 40 for i in range(64)]
     assert time.monotonic() - started < 5
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_one_answer_that_hangs_does_not_hold_up_the_other_sixty_three(verifier: SandboxVerifier) -> None:
+    answers = [f"\\sqrt{{{i % 20 + 2}}} + {i % 20}" for i in range(64)]
+    answers[5] = "9^{9^{9^{9^9}}}"
+    started = time.monotonic()
+    groups = await verifier.group(answers)
+    assert groups == [i if i in (5, 25) else 25 if i % 20 == 5 else i % 20 for i in range(64)]
+    # Its limit is 1 s: one comparison after another, with a limit each, would take a minute.
+    assert time.monotonic() - started < 40

@@ -1,0 +1,282 @@
+"""The processes of a supervisor: forks nodes, hears what they say, holds them to their limits, ends them."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import resource
+import signal
+import socket
+import time
+from typing import TYPE_CHECKING
+
+from evolve.verify.deaths import cause_of_death
+from evolve.verify.nodes import LIVE, RUNNING, STARTING, Job, Node, digest, parse_result, process_parents
+from evolve.verify.server import ProtocolError, Server, ServerState, make_channel, receive
+from evolve.verify.snapshots import Snapshots
+
+if TYPE_CHECKING:
+    from evolve.verify.supervisor import Supervisor
+
+GRACE_S = 0.02
+"""How long after a node's death its server's death would have been noticed."""
+
+
+class Runner:
+    """Nodes: those that run a step, and those that wait as snapshots. What becomes of jobs is the owner's."""
+
+    def __init__(self, owner: Supervisor, snapshot_mb: int) -> None:
+        self.owner = owner
+        _, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        # Two descriptors a snapshot, and some for all else.
+        self.live = Snapshots(snapshot_mb << 20, max(8, min(hard, 1 << 16) // 3 - 32))
+        self.pids: dict[int, Node] = {}
+        self.active: set[Node] = set()
+
+    def fork(self, job: Job, server: Server, parent: Node | None) -> None:
+        """Command a fork of `parent` (or of the server itself) to run the job's next step."""
+        ours, theirs = make_channel()
+        node = Node(server, parent, job, ours)
+        source = server.channel if parent is None else parent.channel
+        pid = server.pid if parent is None else parent.pid
+        assert source is not None
+        if parent is not None:
+            if parent.forking == 0:
+                parent.signal(signal.SIGCONT)
+            parent.forking += 1
+        if job.merged < job.index:
+            packet = b"M" + json.dumps(job.codes[job.merged : job.index + 1]).encode()
+        else:
+            packet = job.verb + job.codes[job.index].encode("utf-8", "surrogatepass")
+        self.active.add(node)
+        self.owner.watch(ours, node)
+        node.checked = node.started + min(job.wall_s, job.cpu_s + 2.0)
+        server.permit(pid)
+        try:
+            socket.send_fds(source, [packet], [theirs.fileno()])
+        except OSError as error:
+            # The other end of `ours` closes now, which is taken as the node's death.
+            self.owner.counts[f"fork_{errno.errorcode.get(error.errno or 0, 'failed')}"] += 1
+        finally:
+            theirs.close()
+
+    # ------------------------------------------------------------------ what nodes say
+
+    def hear(self, node: Node) -> None:
+        """A node's channel can be read."""
+        try:
+            packet, pid, descriptors = receive(node.channel)
+        except BlockingIOError:
+            return
+        except (ProtocolError, OSError) as error:
+            self._violation(node, str(error))
+            return
+        for descriptor in descriptors:
+            os.close(descriptor)
+        if not packet:
+            self._on_death(node)
+        elif node.state == STARTING and packet == b"H" and pid not in self.pids and pid != node.server.pid:
+            self._greeted(node, pid)
+        elif node.state == RUNNING and pid == node.pid and packet[:1] == b"R":
+            self._on_result(node, packet)
+        else:
+            self._violation(node, "a frame out of turn")
+
+    def _greeted(self, node: Node, pid: int) -> None:
+        try:
+            node.pidfd = os.pidfd_open(pid)
+        except ProcessLookupError:
+            # It ran and died before this: the code's doing, as its parent did fork.
+            self._stop_parent(node)
+            node.state = RUNNING
+            self._on_death(node)
+            return
+        node.pid = pid
+        node.clock = (~pid << 3) | 2
+        node.state = RUNNING
+        self.pids[pid] = node
+        job = node.job
+        assert job is not None
+        node.checked = node.started + min(job.cpu_s, job.wall_s)
+        self._stop_parent(node)
+
+    def _stop_parent(self, node: Node) -> None:
+        """A fork of the parent is over: stop it again, unless it owes others."""
+        parent, node.parent = node.parent, None
+        if parent is not None and parent.pidfd >= 0:
+            parent.forking -= 1
+            if parent.forking == 0:
+                parent.signal(signal.SIGSTOP)
+
+    def _on_result(self, node: Node, packet: bytes) -> None:
+        cpu, wall = node.cpu(), time.monotonic() - node.started
+        job = node.job
+        assert job is not None
+        try:
+            body = parse_result(packet, job.verb)
+        except ProtocolError as error:
+            self._violation(node, str(error))
+            return
+        self.active.discard(node)
+        node.job = None
+        status = body.pop("s")
+        if status == "ok" and job.verb == b"C":
+            node.signal(signal.SIGSTOP)
+            self._keep(node)
+        else:
+            self.end(node)
+        if status != "ok" or job.index == job.last:
+            self.owner.finish(job, status, body, cpu, wall)
+            return
+        if job.keys[job.index] not in self.owner.lane.done:
+            job.digests.append((job.index, digest(body["o"])))
+        self.owner.resume(job)
+
+    def _keep(self, node: Node) -> None:
+        """Make a finished node a snapshot; evict the least recently used beyond the budget."""
+        previous = self.live.nodes.get(node.key)
+        if previous is not None:
+            self.end(previous)
+        node.state = LIVE
+        self.live.add(node)
+        for candidate in self.live.surplus():
+            self.owner.counts["evictions"] += 1
+            self.end(candidate)
+
+    # ------------------------------------------------------------------ how nodes end
+
+    def end(self, node: Node) -> None:
+        """End a node's process and forget it."""
+        if node.pidfd >= 0:
+            node.signal(signal.SIGKILL)
+            os.close(node.pidfd)
+            node.pidfd = -1
+            self.pids.pop(node.pid, None)
+            node.server.forget(node.pid)
+        self.live.discard(node)
+        node.state = LIVE
+        self.active.discard(node)
+        self.owner.owners.pop(node.channel.fileno(), None)
+        node.channel.close()
+        self._stop_parent(node)
+
+    def _on_death(self, node: Node) -> None:
+        """A node's channel closed without our doing."""
+        if node.state == LIVE:
+            self.end(node)
+            return
+        # Its server may be dying too, which is not the code's doing: judge when that would be known.
+        node.dead = True
+        node.checked = time.monotonic() + GRACE_S
+        self.owner.poll.unregister(node.channel)
+
+    def _judge_dead(self, node: Node) -> None:
+        """A node died some time ago, and its server lives."""
+        if node.state == STARTING:
+            self._lineage_failed(node, "crash", "the state to continue from died")
+        else:
+            self._fail(node, *cause_of_death(node.pidfd))
+
+    def _fail(self, node: Node, status: str, message: str) -> None:
+        """End a running node and report it."""
+        job = node.job
+        assert job is not None
+        cpu, wall = node.cpu() if node.pid else 0.0, time.monotonic() - node.started
+        node.job = None
+        self.end(node)
+        self.owner.finish(job, status, {"m": message}, cpu, wall)
+
+    def _lineage_failed(self, node: Node, status: str, message: str) -> None:
+        """The parent did not fork: its fault when it is a node, the sandbox's when it is the server."""
+        parent, job, server = node.parent, node.job, node.server
+        assert job is not None
+        if parent is not None:
+            self.end(parent)
+            self._fail(node, status, message)
+        else:
+            node.job = None
+            self.end(node)
+            self.owner.drop_server(server)
+            self.owner.retry(job, f"the interpreter server did not fork: {message}")
+        self.sweep()
+
+    def _violation(self, node: Node, why: str) -> None:
+        """A node broke the protocol: it and what it would leave behind are ended."""
+        self.owner.counts["violations"] += 1
+        parent = node.parent
+        if node.job is not None:
+            self._fail(node, "refused", f"the code tampered with the sandbox's protocol ({why})")
+        else:
+            self.end(node)
+        if parent is not None:
+            self.end(parent)
+        self.sweep()
+
+    def insisted(self, server: Server, pid: int) -> None:
+        """A process goes on forking though it is refused."""
+        node = self.pids.get(pid)
+        if node is not None and node.state == RUNNING:
+            self._fail(node, "crash", "killed: it went on trying to start processes")
+        elif node is not None:
+            self._violation(node, "it went on trying to start processes")
+        elif pid != server.pid:
+            self.sweep()
+
+    def check_limits(self) -> None:
+        """Kill what is over its CPU or wall time."""
+        now = time.monotonic()
+        for node in [node for node in self.active if node.checked <= now]:
+            job = node.job
+            if job is None or node not in self.active:  # Ended with another one's server or lineage.
+                continue
+            if node.dead:
+                self._judge_dead(node)
+                continue
+            if node.state == STARTING:
+                self._lineage_failed(node, "timeout", "the state to continue from did not answer")
+                continue
+            cpu, wall = node.cpu(), now - node.started
+            if cpu >= job.cpu_s:
+                self._fail(node, "timeout", f"more than {job.cpu_s:g} s of CPU time")
+            elif wall >= job.wall_s:
+                self._fail(node, "timeout", f"more than {job.wall_s:g} s of wall time")
+            else:
+                node.checked = now + max(0.001, min(job.cpu_s - cpu, job.wall_s - wall))
+
+    def end_all_of(self, server: Server) -> list[Job]:
+        """End what runs and waits in `server`; the jobs that were running."""
+        held: list[Job] = []
+        for node in [*self.active, *self.live]:
+            if node.server is server:
+                if node.job is not None:
+                    held.append(node.job)
+                    node.job = None
+                self.end(node)
+        return held
+
+    def sweep(self) -> None:
+        """Kill processes below this one that no node accounts for: a child that never greeted."""
+        known = {*self.pids, self.owner.lane.pid}
+        parents = {pid: parent for pid, parent, _ in process_parents()}
+        for server in self.owner.servers.values():
+            pid = server.pid or (server.process.pid if server.process else 0)
+            if server.state is not ServerState.READY:
+                return  # Its processes cannot be told apart yet; the next sweep will.
+            while pid and pid != os.getpid():
+                known.add(pid)
+                pid = parents.get(pid, 0)
+        if self.owner.lane.starting or any(node.state == STARTING for node in self.active):
+            return
+        mine = os.getpid()
+        for pid in parents:
+            ancestor = pid
+            while ancestor and ancestor != mine:
+                ancestor = parents.get(ancestor, 0)
+            if ancestor == mine and pid != mine and pid not in known:
+                try:
+                    os.kill(pid, signal.SIGKILL)
+                except ProcessLookupError:  # It was one of those just killed, and is gone.
+                    continue
+                self.owner.counts["strays"] += 1
