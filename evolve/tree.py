@@ -6,7 +6,7 @@ ids that were sampled (never a re-tokenisation of text).
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 from evolve.types import NodeKind, ScoreRequest, Status, Trajectory
@@ -55,11 +55,15 @@ class Tree:
     prior_weight: int = 0
     """How many visits the initial value counts as: 1 when a PPM gave it, else 0."""
 
-    expanded: list[bool] = field(default_factory=list)
-    """Whether candidates were sampled for the node (it may still have no live child)."""
+    expanded_at: list[int] = field(default_factory=list)
+    """How many rollouts were backed up when candidates were sampled for the node; -1 while they were not."""
     code_ended: list[bool] = field(default_factory=list)
     """Whether the code of the node's prefix is complete, so that only the answer in words is missing."""
 
+    ends: list[tuple[int, float]] = field(default_factory=list)
+    """For each rollout, in the order of their backups: the node it ended at and the value it brought.
+
+    With `expanded_at` this is the tree's event log (`evolve.search.replay`)."""
     rollouts: int = 0
     """Rollouts that were backed up."""
     sampled_tokens: int = 0
@@ -93,6 +97,7 @@ class Tree:
         answer: str | None = None,
         correct: bool | None = None,
         code_ended: bool = False,
+        prior: float = 0.0,
     ) -> int:
         """Append a node under `parent` and return its id."""
         node = len(self.parent)
@@ -112,12 +117,27 @@ class Tree:
         self.correct.append(correct)
         self.visits.append(0)
         self.value_sum.append(0.0)
-        self.prior.append(0.0)
-        self.expanded.append(False)
+        self.prior.append(prior)
+        self.expanded_at.append(-1)
         self.code_ended.append(code_ended)
         if parent >= 0:
             self.children[parent].append(node)
         return node
+
+    # ----------------------------------------------------------------- life of a node
+
+    def is_expanded(self, node: int) -> bool:
+        """Whether candidates were sampled for the node; it may still have no live child."""
+        return self.expanded_at[node] >= 0
+
+    def live_children(self, node: int) -> list[int]:
+        """Children that a search may enter."""
+        return [child for child in self.children[node] if self.kind[child] is not NodeKind.DEAD]
+
+    def bury(self, node: int) -> None:
+        """Mark a node nothing can follow; the root stays the root."""
+        if node != ROOT:
+            self.kind[node] = NodeKind.DEAD
 
     # ----------------------------------------------------------------- values
 
@@ -144,11 +164,7 @@ class Tree:
 
     def continuation_sampled(self, node: int) -> tuple[bool, ...]:
         """For each of `continuation_ids(node)`, whether the policy sampled it."""
-        return tuple(
-            flag
-            for i in self.path(node)
-            for flag in (*(True for _ in self.token_ids[i]), *(False for _ in self.inserted_ids[i]))
-        )
+        return tuple(flag for i in self.path(node) for flag in _flags(self.token_ids[i], self.inserted_ids[i]))
 
     def prefix_ids(self, node: int) -> tuple[int, ...]:
         """Prompt and steps down to `node`: what the policy continues from."""
@@ -158,14 +174,15 @@ class Tree:
         """Code of the steps down to `node`, one entry a step that has code."""
         return tuple(self.code[i] for i in self.path(node) if self.code[i])
 
-    def score_request(self, node: int) -> ScoreRequest:
-        """What a PPM needs to value `node`."""
+    def score_requests(self, node: int, steps: Sequence[tuple[tuple[int, ...], tuple[int, ...]]]) -> list[ScoreRequest]:
+        """What a PPM needs to value each of `steps` after `node`; a step is (sampled ids, inserted ids)."""
         path = self.path(node)
-        return ScoreRequest(
-            prompt_ids=self.prompt_ids,
-            steps=tuple(self.token_ids[i] + self.inserted_ids[i] for i in path),
-            sampled=tuple((True,) * len(self.token_ids[i]) + (False,) * len(self.inserted_ids[i]) for i in path),
-        )
+        before = tuple(self.token_ids[i] + self.inserted_ids[i] for i in path)
+        sampled_before = tuple(_flags(self.token_ids[i], self.inserted_ids[i]) for i in path)
+        return [
+            ScoreRequest(self.prompt_ids, (*before, ids + inserted), (*sampled_before, _flags(ids, inserted)))
+            for ids, inserted in steps
+        ]
 
     # ----------------------------------------------------------------- results
 
@@ -177,6 +194,11 @@ class Tree:
     def solved(self) -> bool:
         """Whether any terminal is correct."""
         return any(self.correct[i] for i in self.terminals())
+
+    def both_reached(self, count: int) -> bool:
+        """Whether rollouts reached at least `count` distinct correct and as many distinct wrong solutions."""
+        grades = [self.correct[i] for i in self.terminals() if self.visits[i] > 0]
+        return grades.count(True) >= count and grades.count(False) >= count
 
     def trajectory(self, terminal: int) -> Trajectory:
         """The complete solution that ends at `terminal`."""
@@ -210,3 +232,8 @@ class Tree:
                     found[node] = True
                     node = self.parent[node]
         return found
+
+
+def _flags(sampled: tuple[int, ...], inserted: tuple[int, ...]) -> tuple[bool, ...]:
+    """Which of a step's tokens the policy sampled."""
+    return (True,) * len(sampled) + (False,) * len(inserted)

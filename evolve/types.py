@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import Any, Protocol, runtime_checkable
 
-from evolve.schema import Generator, ValueKind
+from evolve.schema import Generator, Rule, ValueKind
 
 # --------------------------------------------------------------------------- problems
 
@@ -47,6 +47,8 @@ class RoundPlan:
     trees: int
     retry_trees: int
     escalation: tuple[int, ...]
+    rule: Rule = Rule.uct
+    settled: int | None = None
 
 
 # --------------------------------------------------------------------------- execution

@@ -6,6 +6,8 @@ import hashlib
 from functools import lru_cache
 from pathlib import Path
 
+from evolve.errors import EvolveError
+
 WEIGHTS = ("*.safetensors", "*.safetensors.index.json")
 SETTINGS = (
     "config.json",
@@ -23,7 +25,7 @@ SETTINGS = (
 _CHUNK = 1 << 22
 
 
-class DigestMismatch(RuntimeError):
+class DigestMismatch(EvolveError):
     """A checkpoint is not the one it was said to be."""
 
 

@@ -14,6 +14,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
+import psutil
+
 from evolve.policy.checkpoint import DigestMismatch, resolve, verify
 from evolve.schema import EngineConfig, Precision
 
@@ -129,6 +131,8 @@ class Engine:
                 began = time.monotonic()
                 # In a thread: importing vLLM takes seconds, in which the actor must answer.
                 self._llm = await asyncio.to_thread(self._build)
+                owner = (os.getpid(), psutil.Process().create_time())
+                await self._llm.collective_rpc("end_with", args=owner)
                 await self._warm_up()
                 self._ready_s = time.monotonic() - began
         return str(self.digest)

@@ -1,14 +1,29 @@
-"""What runs inside vLLM's worker process: loading another checkpoint in place."""
+"""What runs inside vLLM's worker process: loading another checkpoint in place, and ending with the engine's owner."""
 
 from __future__ import annotations
 
+import os
+import threading
+import time
 from typing import Any
+
+import psutil
+
+OWNER_POLL_S = 1.0
 
 
 class WorkerExtension:
     """Mixed into vLLM's worker class (`worker_extension_cls`); methods are called by `collective_rpc`."""
 
     model_runner: Any
+
+    def end_with(self, owner: int, started: float) -> None:
+        """End this process soon after process `owner`, which began at `started` (seconds since 1970), has ended.
+
+        vLLM's engine core is a process of its own, which a killed owner cannot end: it would keep the GPU.
+        """
+        if owner != os.getpid():
+            threading.Thread(target=_end_with, args=(owner, started), daemon=True).start()
 
     def load_checkpoint(self, path: str) -> int:
         """Load the weights of a checkpoint directory into the running model; return how many layers were repacked.
@@ -26,3 +41,14 @@ class WorkerExtension:
                 dispatch_cpu_unquantized_gemm(layer, remove_weight=False)
                 repacked += 1
         return repacked
+
+
+def _end_with(owner: int, started: float) -> None:
+    while True:
+        try:
+            alive = abs(psutil.Process(owner).create_time() - started) < 1.0
+        except psutil.NoSuchProcess:
+            alive = False
+        if not alive:
+            os._exit(70)
+        time.sleep(OWNER_POLL_S)

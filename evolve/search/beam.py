@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from evolve.search.expand import Expander, live_children
+from evolve.search.expand import Expander
 from evolve.search.uct import UCT
 from evolve.tree import ROOT, Tree
 from evolve.types import NodeKind, Problem
@@ -31,7 +31,7 @@ class Beam:
             children: list[int] = []
             for node in beam:
                 await self.expander.expand(tree, problem, node, _RULE)
-                children += live_children(tree, node)
+                children += tree.live_children(node)
             best = sorted(children, key=lambda i: (-tree.prior[i], i))[: self.width - finished]
             finished += sum(tree.kind[i] is NodeKind.TERMINAL for i in best)
             beam = [i for i in best if tree.kind[i] is NodeKind.STEP]

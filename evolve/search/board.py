@@ -2,13 +2,16 @@
 
 One small actor. Shards pull tasks from it when they have room and publish finished trees to it: a summary for
 the counting, and a reference to the tree's Arrow record batch in the object store. Once a part file makes the tree
-durable the reference is dropped, and with it the memory; Q-values are then read from the part.
+durable the reference is dropped, and with it the memory; Q-values are then read from the part. What stays in memory is
+a few numbers a problem, however many trees there are.
 """
 
 from __future__ import annotations
 
-from collections import Counter, deque
-from collections.abc import Iterable, Sequence
+import heapq
+import sys
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,7 +21,15 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 
-from evolve.search.budget import EscalatingBudget, TreeSummary, TreeTask, difficulty_class
+from evolve.search.budget import (
+    EscalatingBudget,
+    Standing,
+    TreeSummary,
+    TreeTask,
+    difficulty_class,
+    expected_tokens,
+    fair_share,
+)
 from evolve.store.trees import Part, TreeKey
 from evolve.types import Problem
 
@@ -47,111 +58,140 @@ class Progress:
     """Problems by difficulty class: easy, medium, hard."""
 
 
+@dataclass(frozen=True, slots=True)
+class _Live:
+    """A tree that is counted but not yet in a part file; its batch dies with its shard."""
+
+    shard: str
+    summary: TreeSummary
+    reference: Any
+
+
 class Board:
-    """State of one round's search; use as a Ray actor."""
+    """State of one round's search; use as a Ray actor that makes one call at a time."""
 
     def __init__(
         self,
         budget: EscalatingBudget,
         problems: Sequence[Problem],
-        finished: Sequence[TreeSummary],
-        parts: dict[TreeKey, str],
+        finished: Iterable[tuple[TreeSummary, str]],
         trees: Path,
+        shards: int = 1,
+        earlier: Mapping[str, float] | None = None,
     ) -> None:
+        """
+        Args:
+            budget: which trees are due.
+            problems: the round's problems.
+            finished: trees that are durable already, each with the name of its part file.
+            trees: directory of the part files.
+            shards: how many shards will take from the board.
+            earlier: by problem, the tokens that a rollout took in an earlier round, where that is known.
+        """
         self._budget = budget
         self._problems = {problem.id: problem for problem in problems}
-        self._finished: dict[str, list[TreeSummary]] = {problem.id: [] for problem in problems}
-        self._queue: deque[TreeTask] = deque()
+        self._standings: dict[str, Standing] = {}
+        self._parts: dict[str, tuple[str, ...]] = {}
+        self._queue: list[tuple[float, int, int, TreeTask]] = []
+        self._pushed = 0
         self._in_flight: dict[TreeKey, tuple[str, TreeTask]] = {}
+        self._open: Counter[str] = Counter()
+        """Trees of a problem that are queued or in flight."""
         self._attempts: Counter[TreeKey] = Counter()
-        self._live: dict[TreeKey, Any] = {}
-        self._parts = dict(parts)
+        self._live: dict[TreeKey, _Live] = {}
         self._directory = trees
+        self._shards = shards
+        self._earlier = earlier or {}
+        self._totals: Counter[str] = Counter()
+        self._classes: Counter[str] = Counter()
+        self._levels: Counter[tuple[str, str]] = Counter()
         self._failure = ""
-        for summary in finished:
-            self._finished[summary.problem_id].append(summary)
+        for summary, part in finished:
+            self._count(summary, +1)
+            self._name_part(summary.problem_id, part)
         for problem in problems:
-            self._queue.extend(budget.due(problem, self._finished[problem.id]))
+            self._enqueue(budget.due(problem, self._standing(problem.id)))
 
     def take(self, shard: str, room: int) -> list[TreeTask] | None:
-        """Up to `room` trees for a shard to grow; None when the round has nothing left to give or do."""
+        """Up to `room` trees for a shard to grow, the longest expected first; None when the round is over for it.
+
+        An empty list means: not now. Others are at work whose trees may have to be grown again, or be followed by
+        further ones.
+        """
+        self._drop_needless()
         if self._failure or (not self._queue and not self._in_flight):
             return None
-        tasks = [self._queue.popleft() for _ in range(min(room, len(self._queue)))]
-        for task in tasks:
+        own = sum(owner == shard for owner, _ in self._in_flight.values())
+        share = fair_share(room, own, len(self._queue), len(self._in_flight), self._shards)
+        tasks: list[TreeTask] = []
+        while self._queue and len(tasks) < share:
+            task = heapq.heappop(self._queue)[-1]
             key = TreeKey(task.problem.id, task.number)
             self._attempts[key] += 1
             self._in_flight[key] = (shard, task)
+            tasks.append(task)
+            self._drop_needless()
         return tasks
 
-    def publish(self, trees: Sequence[tuple[TreeSummary, list[Any]]]) -> None:
+    def publish(self, shard: str, trees: Sequence[tuple[TreeSummary, list[Any]]]) -> None:
         """Trees that are finished; each with its record batch's reference in a list (else Ray fetches it)."""
         for summary, reference in trees:
             key = TreeKey(summary.problem_id, summary.number)
-            self._in_flight.pop(key, None)
-            finished = self._finished[summary.problem_id]
-            if any(known.number == summary.number for known in finished):
+            if summary.number in self._standing(key.problem_id).done:
                 continue
-            if key not in self._parts:
-                self._live[key] = reference[0]
-            finished.append(summary)
-            self._queue.extend(
-                task
-                for task in self._budget.due(self._problems[summary.problem_id], finished)
-                if TreeKey(task.problem.id, task.number) not in self._in_flight
-                and task.number >= self._budget.plan.trees
-            )
+            problem = self._problems[key.problem_id]
+            if self._in_flight.pop(key, None) is not None:
+                self._close(key.problem_id)
+            self._attempts.pop(key, None)
+            self._live[key] = _Live(shard, summary, reference[0])
+            self._count(summary, +1)
+            if not self._open[key.problem_id]:
+                self._enqueue(self._budget.due(problem, self._standing(problem.id)))
 
     def durable(self, part: Part) -> None:
         """A part file is in place; its trees' batches may leave the object store."""
         for key in part.keys:
-            self._parts[key] = part.name
+            self._name_part(key.problem_id, part.name)
             self._live.pop(key, None)
 
-    def give_back(self, shard: str, failed: Sequence[tuple[TreeKey, str]] = ()) -> None:
-        """Queue a shard's trees again: all it holds (it died), or those that `failed`, with the reason."""
-        keys = [key for key, _ in failed] or [k for k, (owner, _) in self._in_flight.items() if owner == shard]
-        reasons = dict(failed)
-        for key in keys:
-            entry = self._in_flight.pop(key, None)
-            if entry is None:
-                continue
-            if self._attempts[key] >= MAX_ATTEMPTS:
-                reason = reasons.get(key, "its shard died")
-                self._failure = f"tree {key.number} of problem {key.problem_id} failed {MAX_ATTEMPTS} times: {reason}"
-            self._queue.append(entry[1])
+    def give_up(self, failed: Sequence[tuple[TreeKey, str]]) -> None:
+        """Trees that a shard could not grow, each with the reason; they are queued again, at most so often."""
+        for key, reason in failed:
+            if key in self._in_flight:
+                self._again(key, reason)
+
+    def give_back(self, shard: str) -> None:
+        """A shard died: queue all it held again, what it had published but not made durable included."""
+        for key in [key for key, (owner, _) in self._in_flight.items() if owner == shard]:
+            self._again(key, "its shard died")
+        for key, live in [(key, live) for key, live in self._live.items() if live.shard == shard]:
+            del self._live[key]
+            self._count(live.summary, -1)
+            rollouts = self._budget.allotted(key.number) or live.summary.rollouts
+            self._enqueue([TreeTask(self._problems[key.problem_id], key.number, rollouts)])
 
     def progress(self) -> Progress:
         """Counts so far, earlier runs of the same round included."""
-        summaries = [summary for finished in self._finished.values() for summary in finished]
-        waiting = {task.problem.id for task in self._queue} | {key.problem_id for key in self._in_flight}
-        coverage: dict[str, tuple[int, int]] = {}
-        classes: Counter[str] = Counter()
-        for problem in self._problems.values():
-            finished = self._finished[problem.id]
-            if finished:
-                level = str(problem.difficulty) if problem.difficulty is not None else "all"
-                solved, total = coverage.get(level, (0, 0))
-                coverage[level] = (solved + any(s.solved for s in finished), total + 1)
-                classes[difficulty_class(finished)] += 1
+        levels = sorted({level for level, _ in self._levels})
+        coverage = {level: (self._levels[level, "solved"], self._levels[level, "finished"]) for level in levels}
         return Progress(
             problems=len(self._problems),
-            settled=len(self._problems) - len(waiting),
+            settled=len(self._problems) - sum(count > 0 for count in self._open.values()),
             solved=sum(solved for solved, _ in coverage.values()),
-            trees=len(summaries),
-            rollouts=sum(s.rollouts for s in summaries),
-            sampled_tokens=sum(s.sampled_tokens for s in summaries),
-            executions=sum(s.executions for s in summaries),
-            infrastructure_failures=sum(s.infrastructure_failures for s in summaries),
+            trees=self._totals["trees"],
+            rollouts=self._totals["rollouts"],
+            sampled_tokens=self._totals["sampled_tokens"],
+            executions=self._totals["executions"],
+            infrastructure_failures=self._totals["infrastructure_failures"],
             done=not self._queue and not self._in_flight and not self._live,
             failure=self._failure,
-            coverage=dict(sorted(coverage.items())),
-            classes=dict(classes),
+            coverage={level: counts for level, counts in coverage.items() if counts[1]},
+            classes={name: count for name, count in self._classes.items() if count},
         )
 
     def unsolved(self) -> list[str]:
         """Ids of problems with finished trees and no correct trajectory."""
-        return [p for p, done in self._finished.items() if done and not any(s.solved for s in done)]
+        return [p for p in self._problems if (known := self._standing(p)).done and not known.solved]
 
     def q_values(self, problem_id: str) -> pa.Table:
         """Node statistics of a problem's trees: columns tree, node, parent, visits, q, kind, correct.
@@ -161,46 +201,103 @@ class Board:
         """
         columns = ["tree", "node", "parent", "visits", "q", "kind", "correct"]
         tables = [
-            pa.Table.from_batches([ray.get(ref)]).select(columns)
-            for key, ref in self._live.items()
+            pa.Table.from_batches([ray.get(live.reference)]).select(columns)
+            for key, live in self._live.items()
             if key.problem_id == problem_id
         ]
-        parts = {name for key, name in self._parts.items() if key.problem_id == problem_id}
-        for name in sorted(parts):
+        for name in self._parts.get(problem_id, ()):
             table = pq.read_table(self._directory / name, columns=["problem_id", *columns])
             tables.append(table.filter(pc.field("problem_id") == problem_id).select(columns))
         if not tables:
             raise KeyError(f"problem {problem_id!r} has no finished tree in this round")
         return pa.concat_tables(tables).sort_by([("tree", "ascending"), ("node", "ascending")])
 
+    # ------------------------------------------------------------------ inside
 
-def summarise(directory: Path, parts: Iterable[str]) -> list[TreeSummary]:
-    """Summaries of the trees in part files, for continuing a round; reads whole trees' counters only."""
-    columns = [
-        "problem_id", "tree", "node", "kind", "correct", "rollouts", "sampled_tokens", "scored_tokens",
-        "infrastructure_failures", "code",
-    ]  # fmt: skip
-    summaries: list[TreeSummary] = []
+    def _standing(self, problem_id: str) -> Standing:
+        return self._standings.get(problem_id, _NOTHING)
+
+    def _enqueue(self, tasks: Iterable[TreeTask]) -> None:
+        for task in tasks:
+            self._open[task.problem.id] += 1
+            self._push(task)
+
+    def _push(self, task: TreeTask) -> None:
+        typical = self._totals["sampled_tokens"] / self._totals["rollouts"] if self._totals["rollouts"] else 1.0
+        standing, earlier = self._standing(task.problem.id), self._earlier.get(task.problem.id)
+        expected = expected_tokens(task, standing, earlier, typical)
+        self._pushed += 1
+        # Where nothing tells them apart: the harder by the data set's own level, then in order.
+        heapq.heappush(self._queue, (-expected, -(task.problem.difficulty or 0), self._pushed, task))
+
+    def _close(self, problem_id: str) -> None:
+        """A queued or growing tree of the problem is no more."""
+        self._open[problem_id] -= 1
+        if not self._open[problem_id]:
+            del self._open[problem_id]
+
+    def _drop_needless(self) -> None:
+        """Leave out what is next but need not be grown: of settled problems, or finished by a shard thought dead."""
+        while self._queue:
+            task = self._queue[0][-1]
+            standing = self._standing(task.problem.id)
+            if not self._budget.settled(standing) and task.number not in standing.done:
+                return
+            heapq.heappop(self._queue)
+            self._close(task.problem.id)
+
+    def _again(self, key: TreeKey, reason: str) -> None:
+        """Queue a tree in flight again, or fail the round."""
+        _, task = self._in_flight.pop(key)
+        if self._attempts[key] >= MAX_ATTEMPTS:
+            self._failure = f"tree {key.number} of problem {key.problem_id} failed {MAX_ATTEMPTS} times: {reason}"
+        self._push(task)
+
+    def _name_part(self, problem_id: str, name: str) -> None:
+        known = self._parts.get(problem_id, ())
+        if name not in known:
+            self._parts[problem_id] = (*known, sys.intern(name))
+
+    def _count(self, summary: TreeSummary, sign: int) -> None:
+        """Add a finished tree to what is known, or take it away again."""
+        before = self._standing(summary.problem_id)
+        after = before.plus(summary) if sign > 0 else before.minus(summary)
+        self._standings[summary.problem_id] = after
+        difficulty = self._problems[summary.problem_id].difficulty
+        level = "all" if difficulty is None else str(difficulty)
+        for standing, change in ((before, -1), (after, +1)):
+            if standing.done:
+                self._classes[difficulty_class(standing)] += change
+                self._levels[level, "finished"] += change
+                self._levels[level, "solved"] += change * standing.solved
+        self._totals["trees"] += sign
+        for name in ("rollouts", "sampled_tokens", "executions", "infrastructure_failures"):
+            self._totals[name] += sign * getattr(summary, name)
+
+
+_NOTHING = Standing()
+
+
+def summarise(directory: Path, parts: Iterable[str]) -> Iterator[tuple[TreeSummary, str]]:
+    """The trees of part files and where they lie, for continuing a round; one file is in memory at a time."""
+    columns = ["rollouts", "sampled_tokens", "scored_tokens", "infrastructure_failures"]
     for name in parts:
-        rows = pq.read_table(directory / name, columns=columns).to_pylist()
-        trees: dict[TreeKey, list[dict[str, Any]]] = {}
-        for row in rows:
-            trees.setdefault(TreeKey(row["problem_id"], row["tree"]), []).append(row)
-        summaries += [_summary(key, nodes) for key, nodes in trees.items()]
-    return summaries
-
-
-def _summary(key: TreeKey, nodes: list[dict[str, Any]]) -> TreeSummary:
-    root = nodes[0]
-    return TreeSummary(
-        problem_id=key.problem_id,
-        number=key.number,
-        nodes=len(nodes),
-        correct=sum(row["correct"] is True for row in nodes),
-        wrong=sum(row["correct"] is False for row in nodes),
-        rollouts=root["rollouts"],
-        sampled_tokens=root["sampled_tokens"],
-        scored_tokens=root["scored_tokens"],
-        executions=sum(bool(row["code"]) for row in nodes),
-        infrastructure_failures=root["infrastructure_failures"],
-    )
+        table = pq.read_table(directory / name, columns=["problem_id", "tree", "correct", "code", *columns])
+        table = table.append_column("right", pc.cast(pc.fill_null(table["correct"], False), pa.int32()))
+        table = table.append_column("graded", pc.cast(pc.is_valid(table["correct"]), pa.int32()))
+        table = table.append_column("executed", pc.cast(pc.not_equal(table["code"], ""), pa.int32()))
+        sums = [(column, "sum") for column in ("right", "graded", "executed")]
+        grouped = table.group_by(["problem_id", "tree"], use_threads=False).aggregate(
+            [("right", "count"), *sums, *((column, "max") for column in columns)]
+        )
+        for row in grouped.to_pylist():
+            summary = TreeSummary(
+                problem_id=row["problem_id"],
+                number=row["tree"],
+                nodes=row["right_count"],
+                correct=row["right_sum"],
+                wrong=row["graded_sum"] - row["right_sum"],
+                executions=row["executed_sum"],
+                **{column: row[f"{column}_max"] for column in columns},
+            )
+            yield summary, name

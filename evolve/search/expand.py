@@ -5,9 +5,9 @@ from __future__ import annotations
 import asyncio
 from dataclasses import dataclass, replace
 
+from evolve.search.rule import TreePolicy
 from evolve.search.seeds import derive
-from evolve.search.uct import TreePolicy
-from evolve.tree import ROOT, Tree
+from evolve.tree import Tree
 from evolve.types import (
     Answer,
     Candidate,
@@ -80,9 +80,12 @@ class Expander:
         if lost and len(lost) == len(siblings):
             reason = lost[0].verdict.message if lost[0].verdict else "grading did not end"
             raise InfrastructureError(f"problem {problem.id}: all {len(lost)} candidates were lost: {reason}")
-        live = [child for s in siblings if (child := self._attach(tree, node, s)) is not None]
-        await self._value(tree, live, rule)
-        tree.expanded[node] = True
+        kept = [s for s in siblings if not s.infrastructure]
+        kinds = [self._kind(tree, node, s) for s in kept]
+        values = await self._values(tree, node, kept, kinds, rule)
+        for sibling, kind, value in zip(kept, kinds, values, strict=True):
+            _attach(tree, node, sibling, kind, value)
+        tree.expanded_at[node] = tree.rollouts
 
     def _distinct(self, sampled: list[Candidate], code_ended: bool) -> list[Sibling]:
         """Candidates with the same text are one sibling: executed once, counted in `copies`."""
@@ -115,52 +118,46 @@ class Expander:
         if sibling.result is not None:
             sibling.outcome = await self.verifier.grade(problem, sibling.result)
 
-    def _attach(self, tree: Tree, node: int, sibling: Sibling) -> int | None:
-        """Make the sibling a node; returns its id when it can be selected. Lost ones leave no trace."""
-        if sibling.infrastructure:
-            return None
-        parsed, verdict = sibling.parsed, sibling.verdict
-        code_ended = tree.code_ended[node] or (isinstance(parsed, Step) and parsed.final)
+    def _kind(self, tree: Tree, node: int, sibling: Sibling) -> NodeKind:
+        """What a judged sibling becomes."""
         if sibling.outcome in (Outcome.CORRECT, Outcome.WRONG):
-            kind = NodeKind.TERMINAL
-        elif isinstance(parsed, Step) and verdict is not None and verdict.ok:
-            kind = NodeKind.STEP if tree.depth[node] + 1 < self.max_depth else NodeKind.DEAD
-        else:
-            kind = NodeKind.DEAD
-        child = tree.add(
-            node,
-            kind,
-            sibling.candidate.text,
-            parsed.code if isinstance(parsed, Step) else "",
-            sibling.candidate.token_ids,
-            sibling.candidate.logprobs,
-            inserted_ids=sibling.inserted,
-            copies=sibling.copies,
-            status=verdict.status if verdict else Status.REFUSED if isinstance(parsed, Invalid) else Status.OK,
-            stdout=verdict.stdout if verdict else "",
-            answer=sibling.result,
-            correct=sibling.outcome is Outcome.CORRECT if kind is NodeKind.TERMINAL else None,
-            code_ended=code_ended,
-        )
-        return child if kind is not NodeKind.DEAD else None
+            return NodeKind.TERMINAL
+        runs = isinstance(sibling.parsed, Step) and sibling.verdict is not None and sibling.verdict.ok
+        return NodeKind.STEP if runs and tree.depth[node] + 1 < self.max_depth else NodeKind.DEAD
 
-    async def _value(self, tree: Tree, live: list[int], rule: TreePolicy) -> None:
-        """Give the new nodes their initial values; siblings are scored in one request."""
+    async def _values(
+        self, tree: Tree, node: int, siblings: list[Sibling], kinds: list[NodeKind], rule: TreePolicy
+    ) -> list[float]:
+        """Initial values of the siblings; those that live are scored in one request, dead ones are 0."""
+        live = [s for s, kind in zip(siblings, kinds, strict=True) if kind is not NodeKind.DEAD]
         scores: list[float] | list[None] = [None] * len(live)
         if self.reward is not None and live:
-            requests = [tree.score_request(child) for child in live]
+            requests = tree.score_requests(node, [(s.candidate.token_ids, s.inserted) for s in live])
             tree.scored_tokens += sum(len(r.prompt_ids) + sum(map(len, r.steps)) for r in requests)
             scores = await self.reward.score(requests)
-        for child, score in zip(live, scores, strict=True):
-            tree.prior[child], tree.prior_weight = rule.initial_value(score)
+        values = [0.0] * len(siblings)
+        places = (place for place, kind in enumerate(kinds) if kind is not NodeKind.DEAD)
+        for place, score in zip(places, scores, strict=True):
+            values[place], tree.prior_weight = rule.initial_value(score)
+        return values
 
 
-def live_children(tree: Tree, node: int) -> list[int]:
-    """Children that a search may enter."""
-    return [child for child in tree.children[node] if tree.kind[child] is not NodeKind.DEAD]
-
-
-def bury(tree: Tree, node: int) -> None:
-    """Mark a node nothing can follow; the root stays the root."""
-    if node != ROOT:
-        tree.kind[node] = NodeKind.DEAD
+def _attach(tree: Tree, node: int, sibling: Sibling, kind: NodeKind, value: float) -> None:
+    """Make the sibling a node."""
+    parsed, verdict = sibling.parsed, sibling.verdict
+    tree.add(
+        node,
+        kind,
+        sibling.candidate.text,
+        parsed.code if isinstance(parsed, Step) else "",
+        sibling.candidate.token_ids,
+        sibling.candidate.logprobs,
+        inserted_ids=sibling.inserted,
+        copies=sibling.copies,
+        status=verdict.status if verdict else Status.REFUSED if isinstance(parsed, Invalid) else Status.OK,
+        stdout=verdict.stdout if verdict else "",
+        answer=sibling.result,
+        correct=sibling.outcome is Outcome.CORRECT if kind is NodeKind.TERMINAL else None,
+        code_ended=tree.code_ended[node] or (isinstance(parsed, Step) and parsed.final),
+        prior=value,
+    )

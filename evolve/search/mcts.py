@@ -11,9 +11,9 @@ import asyncio
 from dataclasses import dataclass, field
 from random import Random
 
-from evolve.search.expand import Expander, bury, live_children
+from evolve.search.expand import Expander
+from evolve.search.rule import TreePolicy, choose
 from evolve.search.seeds import derive
-from evolve.search.uct import TreePolicy, choose
 from evolve.tree import ROOT, Tree
 from evolve.types import NodeKind, Problem
 
@@ -22,11 +22,12 @@ DEAD_VALUE = -1.0
 
 @dataclass(slots=True)
 class MCTS:
-    """Grows one tree at a time per call; holds no state between calls, so that calls may overlap."""
+    """Grows one tree a call; holds no state of a tree, so that calls may overlap."""
 
     expander: Expander
     rule: TreePolicy
     concurrent_rollouts: int = 1
+    """May be raised while trees grow: each widens after its next rollout."""
     terminals_by_ppm: bool = False
     """Back up the PPM's score of a terminal and not its grade: test time, when no gold answer is known."""
 
@@ -36,11 +37,9 @@ class MCTS:
         Raises:
             InfrastructureError: a node could not be expanded for the sandbox's own reasons.
         """
-        growth = _Growth(self, tree, problem)
         try:
             async with asyncio.TaskGroup() as group:
-                for _ in range(self.concurrent_rollouts):
-                    group.create_task(growth.work())
+                _Growth(self, tree, problem, group).widen()
         except ExceptionGroup as failures:
             raise failures.exceptions[0] from None
 
@@ -58,6 +57,8 @@ class _Growth:
     mcts: MCTS
     tree: Tree
     problem: Problem
+    group: asyncio.TaskGroup
+    workers: int = 0
     pending: dict[int, int] = field(default_factory=dict)
     expanding: dict[int, asyncio.Future[None]] = field(default_factory=dict)
     started: int = -1
@@ -65,15 +66,22 @@ class _Growth:
     def __post_init__(self) -> None:
         self.started = self.tree.rollouts
 
-    async def work(self) -> None:
+    def widen(self) -> None:
+        """Start as many workers as there may be rollouts in flight."""
+        while self.workers < self.mcts.concurrent_rollouts:
+            self.workers += 1
+            self.group.create_task(self._work())
+
+    async def _work(self) -> None:
         """Run rollouts one after the other until none is left to start."""
         while not self._done():
             self.started += 1
             await self._rollout(Random(derive(self.tree.seed, "rollout", self.started)))
+            self.widen()
 
     def _done(self) -> bool:
         tree = self.tree
-        if tree.expanded[ROOT] and not live_children(tree, ROOT):
+        if tree.is_expanded(ROOT) and not tree.live_children(ROOT):
             tree.note = tree.note or "no candidate of the first step survived"
             return True
         in_flight = self.pending.get(ROOT, 0)
@@ -91,11 +99,11 @@ class _Growth:
         self._mark(node, +1)
         try:
             while tree.kind[node] is not NodeKind.TERMINAL:
-                if not tree.expanded[node]:
+                if not tree.is_expanded(node):
                     await self._expand_once(node)
-                live = live_children(tree, node)
+                live = tree.live_children(node)
                 if not live:
-                    bury(tree, node)
+                    tree.bury(node)
                     break
                 node = choose(mcts.rule, tree, live, self.pending, rng)
                 path.append(node)

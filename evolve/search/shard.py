@@ -7,11 +7,13 @@ room, and makes finished ones durable in parts.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import uuid
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
 import ray
 
 from evolve.policy.formats import format_named
@@ -19,8 +21,8 @@ from evolve.schema import ValueKind
 from evolve.search.budget import TreeSummary, TreeTask
 from evolve.search.expand import Expander, InfrastructureError
 from evolve.search.mcts import MCTS
+from evolve.search.rules import rule_of
 from evolve.search.seeds import tree_seed
-from evolve.search.uct import UCT
 from evolve.service import RemotePolicy, RemoteReward, RemoteVerifier, ServiceClient
 from evolve.store.trees import TreeKey, to_batch, write_part
 from evolve.tree import Tree
@@ -30,7 +32,8 @@ PART_TREES = 64
 """Finished trees that make a part file."""
 PART_SECONDS = 15.0
 """A finished tree is durable after at most so long."""
-IDLE_S = 0.1
+IDLE_S = 0.25
+"""How long a shard waits before it asks the board again, when that had nothing for it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,19 +48,12 @@ class SearchJob:
     max_depth: int
     concurrent_trees: int
     concurrent_rollouts: int
+    tail_rollouts: int
     trees: Path
     policy: tuple[str, str]
     """Path and digest of the policy's checkpoint."""
     ppm: tuple[str, str] | None
     """The PPM's, where values start from it."""
-
-
-@dataclass(slots=True)
-class _Finished:
-    """Trees that are grown but not yet in a part file."""
-
-    trees: list[Tree] = field(default_factory=list)
-    references: list[Any] = field(default_factory=list)
 
 
 class Shard:
@@ -68,7 +64,7 @@ class Shard:
         self.policy = RemotePolicy(ServiceClient(policy, f"policy engine of {name}", timeout_s))
         self.verifier = RemoteVerifier(ServiceClient(verifier, f"verifier of {name}", timeout_s))
         self.reward = RemoteReward(ServiceClient(ppm, f"PPM engine of {name}", timeout_s)) if ppm else None
-        self._growing = 0
+        self._round: _Round | None = None
 
     async def grow(self, job: SearchJob, board: Any) -> None:
         """Grow trees until the board has none left; returns when all of them are durable."""
@@ -78,63 +74,121 @@ class Shard:
         self.policy.client.expects = job.policy
         if self.reward is not None:
             self.reward.client.expects = job.ppm
-        finished = _Finished()
-        changed = asyncio.Event()
-        flusher = asyncio.create_task(self._flush_regularly(job, board, finished))
-        running: set[asyncio.Task[None]] = set()
-        errors: list[BaseException] = []
+        expander = Expander(
+            policy=self.policy,
+            verifier=self.verifier,
+            format=format_named(job.format),
+            sampling=job.sampling,
+            candidates=job.plan.candidates,
+            max_depth=job.max_depth,
+            reward=self.reward if augmented else None,
+        )
+        self._round = _Round(self.name, job, board, expander)
+        await self._round.run()
 
-        def ended(task: asyncio.Task[None]) -> None:
-            running.discard(task)
-            if not task.cancelled() and (error := task.exception()) is not None:
-                errors.append(error)
-            changed.set()
+    async def stop(self) -> None:
+        """Have `grow` return soon: what grows is dropped, what is finished made durable."""
+        if self._round is not None:
+            self._round.close()
 
+    async def stats(self) -> dict[str, dict[str, float]]:
+        """Counters of this shard's engines and verifier."""
+        services: dict[str, Any] = {"policy": self.policy, "verifier": self.verifier}
+        if self.reward is not None:
+            services["ppm"] = self.reward
+        return {name: dict(await service.stats()) for name, service in services.items()}
+
+
+@dataclass(slots=True)
+class _Round:
+    """What one shard holds of one round: trees that grow, and grown ones that are not in a part file yet."""
+
+    name: str
+    job: SearchJob
+    board: Any
+    expander: Expander
+    growing: set[asyncio.Task[None]] = field(default_factory=set)
+    searches: dict[TreeKey, MCTS] = field(default_factory=dict)
+    finished: list[tuple[pa.RecordBatch, Any]] = field(default_factory=list)
+    """Batches, each with the reference that keeps it in the object store until it is durable."""
+    at_once: int = 1
+    """Rollouts in flight of each tree."""
+    changed: asyncio.Event = field(default_factory=asyncio.Event)
+    closed: asyncio.Event = field(default_factory=asyncio.Event)
+    """No tree is to grow any longer."""
+    errors: list[BaseException] = field(default_factory=list)
+
+    async def run(self) -> None:
+        """Grow what the board gives until it has nothing more."""
+        self.at_once = self.job.concurrent_rollouts
+        flusher = asyncio.create_task(self._flush_regularly())
+        flusher.add_done_callback(self._ended)
         try:
-            while True:
-                if errors:
-                    raise errors[0]
-                changed.clear()
-                room = job.concurrent_trees - len(running)
-                tasks = await board.take.remote(self.name, room) if room else []
-                if tasks is None and not running:
-                    break
-                for task in tasks or []:
-                    growth = asyncio.create_task(self._grow_one(job, board, task, finished))
-                    running.add(growth)
-                    growth.add_done_callback(ended)
-                if not tasks or len(running) == job.concurrent_trees:
-                    try:
-                        async with asyncio.timeout(IDLE_S if not tasks else None):
-                            await changed.wait()
-                    except TimeoutError:
-                        continue
+            while not self.closed.is_set() and await self._fill():
+                if self.errors:
+                    raise self.errors[0]
         finally:
-            flusher.cancel()
-            for growth in running:
-                growth.cancel()
-        await self._flush(job, board, finished)
+            for task in self.growing:
+                task.cancel()
+            self.close()
+            await flusher
 
-    async def _grow_one(self, job: SearchJob, board: Any, task: TreeTask, finished: _Finished) -> None:
+    def close(self) -> None:
+        """Have `run` return soon, with everything durable that is finished."""
+        self.closed.set()
+        self.changed.set()
+
+    async def _fill(self) -> bool:
+        """Take as many trees as there is room for, then wait for a change; False when the round is over."""
+        self.changed.clear()
+        room = self.job.concurrent_trees - len(self.growing)
+        tasks = await self.board.take.remote(self.name, room) if room else []
+        if tasks is None and not self.growing:
+            return False
+        for task in tasks or []:
+            growth = asyncio.create_task(self._grow(task))
+            self.growing.add(growth)
+            growth.add_done_callback(self._ended)
+        if room and not tasks:
+            self._widen()
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(IDLE_S if room > len(tasks or []) else None):
+                await self.changed.wait()
+        return True
+
+    def _widen(self) -> None:
+        """The tail of the round: what is left may keep the engine busy with more rollouts at once."""
+        self.at_once = max(self.job.concurrent_rollouts, self.job.tail_rollouts)
+        for search in self.searches.values():
+            search.concurrent_rollouts = self.at_once
+
+    def _ended(self, task: asyncio.Task[None]) -> None:
+        self.growing.discard(task)
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self.errors.append(error)
+        self.changed.set()
+
+    async def _grow(self, task: TreeTask) -> None:
+        key = TreeKey(task.problem.id, task.number)
         try:
-            tree = await self._grow_tree(job, task)
+            tree = await self._grow_tree(task, key)
         except InfrastructureError as error:
-            key = TreeKey(task.problem.id, task.number)
-            await board.give_back.remote(self.name, [(key, str(error))])
+            await self.board.give_up.remote([(key, str(error))])
             return
-        reference = ray.put(to_batch(tree))
-        finished.trees.append(tree)
-        finished.references.append(reference)
-        await board.publish.remote([(summary_of(tree), [reference])])
-        if len(finished.trees) >= PART_TREES:
-            await self._flush(job, board, finished)
+        finally:
+            self.searches.pop(key, None)
+        batch = to_batch(tree)
+        reference = ray.put(batch)
+        self.finished.append((batch, reference))
+        await self.board.publish.remote(self.name, [(summary_of(tree), [reference])])
+        if len(self.finished) >= PART_TREES:
+            await self._flush()
 
-    async def _grow_tree(self, job: SearchJob, task: TreeTask) -> Tree:
-        plan, problem = job.plan, task.problem
+    async def _grow_tree(self, task: TreeTask, key: TreeKey) -> Tree:
+        job, plan, problem = self.job, self.job.plan, task.problem
         bare = Problem(problem.id, "", problem.answers)  # what travels with every request
-        augmented = plan.value is ValueKind.ppm
-        fmt = format_named(job.format)
-        [prompt] = await self.policy.encode([job.few_shot + fmt.prompt(problem.question)])
+        expander = self.expander
+        [prompt] = await expander.policy.encode([job.few_shot + expander.format.prompt(problem.question)])
         tree = Tree(
             problem_id=problem.id,
             round=plan.round,
@@ -144,39 +198,24 @@ class Shard:
             policy_digest=job.policy[1],
             ppm_digest=job.ppm[1] if job.ppm else "",
         )
-        expander = Expander(
-            policy=self.policy,
-            verifier=self.verifier,
-            format=fmt,
-            sampling=job.sampling,
-            candidates=plan.candidates,
-            max_depth=job.max_depth,
-            reward=self.reward if augmented else None,
-        )
-        rule = UCT(rollouts=task.rollouts, exploration=plan.exploration, augmented=augmented)
-        await MCTS(expander, rule, job.concurrent_rollouts).grow(tree, bare)
+        self.searches[key] = search = MCTS(expander, rule_of(plan, task.rollouts), self.at_once)
+        await search.grow(tree, bare)
         return tree
 
-    async def _flush_regularly(self, job: SearchJob, board: Any, finished: _Finished) -> None:
-        while True:
-            await asyncio.sleep(PART_SECONDS)
-            await self._flush(job, board, finished)
+    async def _flush_regularly(self) -> None:
+        """Every so often, and at the end. It is never cancelled: a part that is being written is also announced."""
+        while not self.closed.is_set():
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(PART_SECONDS):
+                    await self.closed.wait()
+            await self._flush()
 
-    async def _flush(self, job: SearchJob, board: Any, finished: _Finished) -> None:
-        trees, finished.trees = finished.trees, []
-        references, finished.references = finished.references, []
-        if trees:
+    async def _flush(self) -> None:
+        finished, self.finished = self.finished, []
+        if finished:
             name = f"part-{self.name}-{uuid.uuid4().hex[:8]}.parquet"
-            part = await asyncio.to_thread(write_part, job.trees, name, trees)
-            await board.durable.remote(part)
-        del references
-
-    async def stats(self) -> dict[str, dict[str, float]]:
-        """Counters of this shard's engines and verifier."""
-        services: dict[str, Any] = {"policy": self.policy, "verifier": self.verifier}
-        if self.reward is not None:
-            services["ppm"] = self.reward
-        return {name: dict(await service.stats()) for name, service in services.items()}
+            part = await asyncio.to_thread(write_part, self.job.trees, name, [batch for batch, _ in finished])
+            await self.board.durable.remote(part)
 
 
 def summary_of(tree: Tree) -> TreeSummary:

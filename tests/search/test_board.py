@@ -1,13 +1,16 @@
 """The board: budgets, escalation, and what happens to trees that are given back."""
 
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from evolve.schema import Generator, ValueKind
 from evolve.search.board import MAX_ATTEMPTS, Board, summarise
-from evolve.search.budget import EscalatingBudget, TreeSummary, difficulty_class
-from evolve.store.trees import Part, TreeKey, write_part
+from evolve.search.budget import EscalatingBudget, Standing, TreeSummary, TreeTask, difficulty_class, fair_share
+from evolve.search.shard import summary_of
+from evolve.store.trees import Part, TreeKey, to_batch, write_part
 from evolve.tree import Tree
 from evolve.types import NodeKind, Problem, RoundPlan
 
@@ -22,9 +25,17 @@ def summary(problem: str, number: int, correct: int = 0, wrong: int = 1) -> Tree
     return TreeSummary(problem, number, 5, correct, wrong, 16, 100, 0, 4, 0)
 
 
-def board(tmp_path: Path, budget: RoundPlan, finished: tuple[TreeSummary, ...] = ()) -> Board:
-    parts = {TreeKey(s.problem_id, s.number): "part-old.parquet" for s in finished}
-    return Board(EscalatingBudget(budget), PROBLEMS, finished, parts, tmp_path)
+def board(tmp_path: Path, budget: RoundPlan, finished: tuple[TreeSummary, ...] = (), **options: Any) -> Board:
+    known = [(summary, "part-old.parquet") for summary in finished]
+    return Board(EscalatingBudget(budget), PROBLEMS, known, tmp_path, **options)
+
+
+def trees(count: int) -> list[tuple[str, int]]:
+    return [(problem.id, number) for problem in PROBLEMS for number in range(count)]
+
+
+def keys(tasks: list[TreeTask] | None) -> list[tuple[str, int]]:
+    return [(task.problem.id, task.number) for task in tasks or []]
 
 
 def drain(some: Board, solve: dict[str, int]) -> list[tuple[str, int, int]]:
@@ -34,7 +45,7 @@ def drain(some: Board, solve: dict[str, int]) -> list[tuple[str, int, int]]:
         for task in tasks:
             grown.append((task.problem.id, task.number, task.rollouts))
             correct = int(solve.get(task.problem.id) == task.number)
-            some.publish([(summary(task.problem.id, task.number, correct), [None])])
+            some.publish("s", [(summary(task.problem.id, task.number, correct), [None])])
     return grown
 
 
@@ -64,7 +75,7 @@ def test_a_tree_published_twice_counts_once(tmp_path: Path) -> None:
     some = board(tmp_path, plan(retry_trees=0))
     some.take("s", 4)
     for _ in range(2):
-        some.publish([(summary("p0", 0, correct=1), [None])])
+        some.publish("s", [(summary("p0", 0, correct=1), [None])])
     assert some.progress().trees == 1
 
 
@@ -77,12 +88,84 @@ def test_a_dead_shards_trees_are_grown_by_another(tmp_path: Path) -> None:
     assert some.take("lives", 4) == first
 
 
+def test_trees_published_by_a_shard_that_died_before_they_were_durable_are_grown_again(tmp_path: Path) -> None:
+    some = board(tmp_path, plan(retry_trees=0))
+    taken = some.take("dies", 4)
+    some.publish("dies", [(summary(p.id, 0, correct=1), [None]) for p in PROBLEMS])
+    some.durable(Part("part-a.parquet", "", (TreeKey("p0", 0),)))
+    assert some.progress().solved == 4
+    some.give_back("dies")
+    progress = some.progress()
+    assert (progress.solved, progress.trees, progress.rollouts, progress.done) == (1, 1, 16, False)
+    again = some.take("lives", 4)
+    assert sorted(keys(again)) == sorted(key for key in keys(taken) if key != ("p0", 0))
+
+
+def test_a_tree_finished_by_a_shard_thought_dead_is_not_grown_a_second_time(tmp_path: Path) -> None:
+    some = board(tmp_path, plan(retry_trees=0))
+    some.take("slow", 4)
+    some.give_back("slow")
+    some.publish("slow", [(summary(p.id, 0, correct=1), [None]) for p in PROBLEMS])
+    assert some.take("other", 4) is None
+    assert some.progress().settled == 4
+
+
+def test_the_last_trees_are_shared_out_fairly(tmp_path: Path) -> None:
+    some = board(tmp_path, plan(retry_trees=0), shards=2)
+    first, second = some.take("a", 64), some.take("b", 64)
+    assert (len(first or []), len(second or [])) == (2, 2)
+    assert some.take("a", 64) == []
+
+
+@pytest.mark.parametrize(
+    ("room", "own", "waiting", "in_flight", "shards", "expected"),
+    [
+        (64, 0, 1000, 0, 2, 64),  # plenty: as many as there is room for
+        (64, 0, 10, 0, 2, 5),  # the end: half of what is left
+        (54, 10, 10, 14, 2, 2),  # own 10 and 2 more are half of 24
+        (54, 10, 4, 10, 2, 0),  # has more than its half already
+        (8, 0, 3, 64, 2, 3),  # the other one holds 64 (or died with them): nothing waits for it
+        (64, 0, 1, 0, 16, 1),  # a single tree goes to whoever asks
+        (0, 5, 9, 5, 1, 0),
+    ],
+)
+def test_a_fair_share_by_hand(room: int, own: int, waiting: int, in_flight: int, shards: int, expected: int) -> None:
+    assert fair_share(room, own, waiting, in_flight, shards) == expected
+
+
+def test_the_longest_expected_trees_go_first_and_the_harder_where_nothing_is_known(tmp_path: Path) -> None:
+    known = board(tmp_path, plan(), earlier={"p0": 10.0, "p1": 40.0, "p2": 90.0, "p3": 20.0})
+    assert [problem for problem, _ in keys(known.take("s", 4))] == ["p2", "p1", "p3", "p0"]
+    unknown = board(tmp_path, plan())
+    assert [problem for problem, _ in keys(unknown.take("s", 4))] == ["p1", "p3", "p0", "p2"]
+
+
+def test_an_escalated_tree_goes_before_those_of_fewer_rollouts(tmp_path: Path) -> None:
+    some = board(tmp_path, plan(retry_trees=0, escalation=(64,)))
+    [first] = some.take("s", 1) or []
+    some.publish("s", [(summary(first.problem.id, 0), [None])])
+    assert keys(some.take("s", 1)) == [(first.problem.id, 1)]
+
+
+def test_a_settled_problem_gets_no_further_tree(tmp_path: Path) -> None:
+    budget = replace(plan(trees=3, retry_trees=0), settled=2)
+    some = board(tmp_path, budget)
+    grown = []
+    while tasks := some.take("s", 1):
+        [(problem, number)] = keys(tasks)
+        grown.append((problem, number))
+        both = 2 if problem == "p0" else 0
+        some.publish("s", [(summary(problem, number, correct=both, wrong=2), [None])])
+    assert sorted(grown) == [("p0", 0), *((p, n) for p, n in trees(3) if p != "p0")]
+    assert some.progress().settled == 4
+
+
 def test_a_tree_that_fails_again_and_again_stops_the_round_and_names_the_reason(tmp_path: Path) -> None:
     some = board(tmp_path, plan(retry_trees=0))
     key = TreeKey("p0", 0)
     for _ in range(MAX_ATTEMPTS):
         some.take("s", 8)
-        some.give_back("s", [(key, "no sandbox")])
+        some.give_up([(key, "no sandbox")])
     assert "no sandbox" in some.progress().failure
     assert some.take("s", 1) is None
 
@@ -90,7 +173,7 @@ def test_a_tree_that_fails_again_and_again_stops_the_round_and_names_the_reason(
 def test_a_round_is_done_only_when_its_trees_are_durable(tmp_path: Path) -> None:
     some = board(tmp_path, plan(retry_trees=0))
     tasks = some.take("s", 8) or []
-    some.publish([(summary(task.problem.id, 0, correct=1), [None]) for task in tasks])
+    some.publish("s", [(summary(task.problem.id, 0, correct=1), [None]) for task in tasks])
     assert not some.progress().done
     some.durable(Part("part-a.parquet", "", tuple(TreeKey(p.id, 0) for p in PROBLEMS)))
     assert some.progress().done
@@ -108,7 +191,7 @@ def test_coverage_counts_solved_problems_by_difficulty(tmp_path: Path) -> None:
     ("correct", "wrong", "expected"), [(3, 0, "easy"), (1, 5, "medium"), (0, 5, "hard"), (0, 0, "hard")]
 )
 def test_difficulty_classes_are_those_of_rstar_math(correct: int, wrong: int, expected: str) -> None:
-    assert difficulty_class([summary("p", 0, correct, wrong)]) == expected
+    assert difficulty_class(Standing().plus(summary("p", 0, correct, wrong))) == expected
 
 
 def small_tree(problem: str) -> Tree:
@@ -122,18 +205,18 @@ def small_tree(problem: str) -> Tree:
 
 
 def test_summaries_of_a_continued_round_are_those_of_its_part_files(tmp_path: Path) -> None:
-    write_part(tmp_path, "part-a.parquet", [small_tree("p0"), small_tree("p1")])
-    found = summarise(tmp_path, ["part-a.parquet"])
-    assert [(s.problem_id, s.correct, s.wrong, s.rollouts, s.sampled_tokens) for s in found] == [
-        ("p0", 1, 0, 2, 12),
-        ("p1", 1, 0, 2, 12),
+    write_part(tmp_path, "part-a.parquet", [to_batch(small_tree("p0")), to_batch(small_tree("p1"))])
+    found = list(summarise(tmp_path, ["part-a.parquet"]))
+    assert [part for _, part in found] == ["part-a.parquet"] * 2
+    assert sorted((s for s, _ in found), key=lambda s: s.problem_id) == [
+        summary_of(small_tree("p0")),
+        summary_of(small_tree("p1")),
     ]
 
 
 def test_q_values_of_a_durable_tree_are_read_from_its_part(tmp_path: Path) -> None:
-    write_part(tmp_path, "part-a.parquet", [small_tree("p0"), small_tree("p1")])
-    parts = {TreeKey(p, 0): "part-a.parquet" for p in ("p0", "p1")}
-    some = Board(EscalatingBudget(plan()), PROBLEMS, summarise(tmp_path, ["part-a.parquet"]), parts, tmp_path)
+    write_part(tmp_path, "part-a.parquet", [to_batch(small_tree("p0")), to_batch(small_tree("p1"))])
+    some = Board(EscalatingBudget(plan()), PROBLEMS, summarise(tmp_path, ["part-a.parquet"]), tmp_path)
     table = some.q_values("p1")
     assert table.column("q").to_pylist() == [1.0, 1.0, 1.0]
     assert table.column("visits").to_pylist() == [2, 2, 2]

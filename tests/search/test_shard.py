@@ -70,11 +70,12 @@ def grow(directory: Path, problems: Sequence[Problem], shards: int = 1) -> tuple
         max_depth=6,
         concurrent_trees=8,
         concurrent_rollouts=1,
+        tail_rollouts=1,
         trees=directory,
         policy=("/checkpoint", "policy"),
         ppm=None,
     )
-    board = actor(Board, EscalatingBudget(plan), problems, (), {}, directory)
+    board = ray.remote(Board).options(num_cpus=0).remote(EscalatingBudget(plan), problems, (), directory, shards)
     made = [
         actor(Shard, f"shard-{i}", actor(ServiceHost, Policy), actor(ServiceHost, Verifier), None, 60.0)
         for i in range(shards)

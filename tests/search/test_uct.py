@@ -7,7 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from evolve.search.uct import UCT, choose
+from evolve.search.rule import choose
+from evolve.search.uct import UCT
 from evolve.tree import Tree
 from evolve.types import NodeKind
 
