@@ -17,9 +17,9 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
+from evolve.files import file_digest, publish_directory
 from evolve.learn.errors import LearningError
 from evolve.schema import Precision, TrainConfig
-from evolve.store.files import sync
 
 _COPIED = (
     "tokenizer*",
@@ -141,12 +141,22 @@ def save_checkpoint(engine: Any, directory: Path, step: int, plan: str, history:
     dist.barrier()
     engine.save_checkpoint(str(aside), tag="state", save_latest=False)
     dist.barrier()
+    shares: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(shares, _digests(aside, dist.get_rank(), dist.get_world_size()))
     if dist.get_rank() == 0:
         (aside / "history.json").write_text(json.dumps(history))
-        (aside / "meta.json").write_text(json.dumps({"step": step, "plan": plan}))
-        publish(aside, directory / f"checkpoint-{step}")
+        files = dict(entry for share in shares for entry in share)
+        files["history.json"] = file_digest(aside / "history.json")
+        (aside / "meta.json").write_text(json.dumps({"step": step, "plan": plan, "files": files}))
+        publish_directory(aside, directory / f"checkpoint-{step}")
         discard_checkpoints(directory, but=step)
     dist.barrier()
+
+
+def _digests(directory: Path, share: int, shares: int) -> list[tuple[str, str]]:
+    """Name and digest of every `shares`-th file below a directory, from the `share`-th on."""
+    files = sorted(path for path in directory.rglob("*") if path.is_file())
+    return [(str(path.relative_to(directory)), file_digest(path)) for path in files[share::shares]]
 
 
 def discard_checkpoints(directory: Path, but: int | None = None) -> None:
@@ -167,6 +177,11 @@ def find_checkpoint(directory: Path, plan: str) -> tuple[int, str | None]:
     meta = json.loads(found[-1].read_text())
     if meta["plan"] != plan:
         return 0, (f"{found[-1].parent} was made with other rows, settings or number of workers: starting afresh")
+    for name, expected in meta["files"].items():
+        file = found[-1].parent / name
+        # Loading would not notice: torch's archives are read without their checksums.
+        if not file.is_file() or file_digest(file) != expected:
+            return 0, f"{file} is missing or damaged: starting afresh"
     return int(meta["step"]), None
 
 
@@ -205,16 +220,6 @@ def write_model(model: PreTrainedModel, weights: dict[str, torch.Tensor], initia
     for pattern in _COPIED:
         for file in initial.glob(pattern):
             shutil.copy2(file, aside / file.name)
-
-
-def publish(aside: Path, final: Path) -> None:
-    """Make a finished directory appear under its final name all at once, durably."""
-    for file in aside.rglob("*"):
-        if file.is_file():
-            sync(file)
-    sync(aside)
-    aside.rename(final)
-    sync(final.parent)
 
 
 def device() -> torch.device:

@@ -77,9 +77,10 @@ def _order(sequences: Sequence[np.ndarray]) -> list[int]:
 class PairBatch:
     """Tries in rows, R × L, and the pairs to compare in them.
 
-    C continuations are scored; pair p prefers `positive[p]` to `negative[p]` with `weights[p]`. For the
-    `logprob` form, token k of continuation `owner[k]` is `targets[k]`, predicted at (`rows[k]`,
-    `columns[k]`). For the `head` form, continuation c ends at (`end_rows[c]`, `end_columns[c]`).
+    C continuations are scored, those of pair p being 2p (`positive[p]`, preferred) and 2p + 1 (`negative[p]`), with
+    `weights[p]`. For the `logprob` form, a token k of continuation `owner[k]` is `targets[k]`, predicted at (`rows[k]`,
+    `columns[k]`), and `reference[k]` is its log-probability before training. For the `head` form, continuation c ends
+    at (`end_rows[c]`, `end_columns[c]`).
     """
 
     input_ids: np.ndarray
@@ -95,6 +96,7 @@ class PairBatch:
     positive: np.ndarray
     negative: np.ndarray
     weights: np.ndarray
+    reference: np.ndarray
 
 
 class Pairs:
@@ -130,6 +132,14 @@ class Pairs:
         self.sizes = np.array([len(i) for i in self._items], dtype=np.int64)
         self.weights = np.array([sum(self._weight[p] for p in i) for i in self._items], dtype=np.float64)
         """Summed weights of each item's pairs: what its share of a step's loss is normalised by."""
+        scored_tokens = [
+            sum(int(np.count_nonzero(self._sampled[side][pair])) for pair in item for side in ("positive", "negative"))
+            for item in self._items
+        ]
+        self.offsets = np.concatenate([[0], np.cumsum(scored_tokens)]).astype(np.int64)
+        """Item i's scored tokens are `reference[offsets[i] : offsets[i + 1]]`."""
+        self.reference = np.zeros(int(self.offsets[-1]), dtype=np.float32)
+        """Log-probability of every scored token before training; zeros until somebody measures it."""
 
     def ends_with(self, token: int) -> bool:
         """Whether any continuation's last token is `token`."""
@@ -191,9 +201,11 @@ class Pairs:
         tokens: list[tuple[np.ndarray, ...]] = []
         ends: list[tuple[int, int]] = []
         weights: list[float] = []
+        reference: list[np.ndarray] = [np.zeros(0, dtype=np.float32)]
         for r, row in enumerate(rows):
             start = 0
             for item in row:
+                reference.append(self.reference[self.offsets[item] : self.offsets[item + 1]])
                 trie = build_trie(self._sequences(self._items[item]))
                 end = start + len(trie.ids)
                 ids[r, start:end] = trie.ids
@@ -220,7 +232,7 @@ class Pairs:
         positive = np.arange(0, len(ends), 2)
         return PairBatch(
             ids, positions, attends, at_row, at_column, targets, owner, end_rows, end_columns,
-            positive, positive + 1, np.array(weights, dtype=np.float32),
+            positive, positive + 1, np.array(weights, dtype=np.float32), np.concatenate(reference),
         )  # fmt: skip
 
 

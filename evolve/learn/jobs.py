@@ -8,7 +8,9 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from evolve.files import file_digest
 from evolve.learn.errors import LearningError
+from evolve.policy import checkpoint
 from evolve.schema import PPMConfig, Precision, SFTConfig
 
 RESULT_FILE = "training.json"
@@ -41,10 +43,16 @@ class TrainJob:
         return output.with_name(output.name + ".partial")
 
     def digest(self) -> str:
-        """Identifies what determines the result, up to the order of floating-point sums."""
+        """Identifies what determines the result, up to the order of floating-point sums.
+
+        The initial checkpoint and the rows count by their content, wherever they lie. Raises `FileNotFoundError`
+        when they are not there.
+        """
         known = asdict(self)
         for name in ("metrics", "output"):
             del known[name]
+        known["initial"] = checkpoint.digest(self.initial)
+        known["rows"] = [file_digest(Path(path)) for path in self.rows]
         for name in ("timeout_s", "checkpoint_steps", "workers", "cpus_per_worker", "engine"):
             known["config"].pop(name, None)
         return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()

@@ -6,10 +6,10 @@ import asyncio
 from collections.abc import Callable
 from typing import Any
 
-from evolve.learn.errors import LearningError, TrainingTimeoutError
+from evolve.learn.errors import LearningError, TrainingStopped, TrainingTimeoutError
 from evolve.learn.jobs import TrainJob, TrainResult
 
-Outcome = TrainResult | LearningError | TrainingTimeoutError
+Outcome = TrainResult | LearningError | TrainingTimeoutError | TrainingStopped
 
 
 class Mailbox:
@@ -56,8 +56,10 @@ class Mailbox:
             return "closed"
         return self._jobs[index] if index < len(self._jobs) else "wait"
 
-    async def progress(self, index: int, metrics: dict[str, float]) -> None:
+    async def progress(self, index: int, metrics: dict[str, float]) -> bool:
+        """Note the metrics of a job; whether it may go on."""
         self._progress[index] = metrics
+        return not self._closed
 
     async def finish(self, index: int, outcome: Outcome) -> None:
         if index == len(self._outcomes):

@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from evolve.store.files import publish_file
+from evolve.files import publish_file
 from evolve.types import StepPair, Trajectory
 
 Row = TypeVar("Row", Trajectory, StepPair)

@@ -14,6 +14,7 @@ Ray Train, whose record can miss one that was made less than a second before a c
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import time
 import uuid
@@ -23,16 +24,22 @@ from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 
-from evolve.learn.errors import TrainingTimeoutError
+from evolve.learn.errors import TrainerDied, TrainingTimeoutError
 from evolve.learn.jobs import TrainJob, TrainResult, Workers
 from evolve.learn.mailbox import Mailbox
 from evolve.learn.worker import serve
+from evolve.service import get
 
 OnProgress = Callable[[TrainJob, Mapping[str, float]], None]
 
 _WAIT_S = 0.5
 _CLOSE_S = 30.0
+_ANSWER_S = 60.0
+"""For the mailbox, which does nothing else, to answer."""
+_END_S = 300.0
+"""For workers that have lost their mailbox to end, with the attempts to start them anew."""
 _HANG_S = 120.0
 """How long after a job's time limit its workers, which see to it themselves, are taken to hang."""
 
@@ -59,6 +66,7 @@ class TrainerGroup:
         self._mailbox: Any = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
+        self._lost_mailboxes = 0
 
     def __enter__(self) -> TrainerGroup:
         return self
@@ -70,6 +78,7 @@ class TrainerGroup:
         """Begin to start the workers, without waiting for them. Done by `fit` where it was not before."""
         if self._thread is not None:
             return
+        self._error = None
         self._mailbox = ray.remote(Mailbox).options(num_cpus=0, max_concurrency=1000).remote()
         self._thread = threading.Thread(target=self._run, name="trainer-group", daemon=True)
         self._thread.start()
@@ -121,20 +130,33 @@ class TrainerGroup:
         """Train the jobs in order; a job may start from the output of one before it.
 
         Raises `LearningError` for rows or settings that cannot be trained with, `TrainingTimeoutError`
-        after a job's `config.timeout_s`, and Ray Train's error when workers keep dying.
+        after a job's `config.timeout_s`, and `TrainerDied` when workers or their mailbox keep dying.
         """
         for job in jobs:
             job.check(self.workers.count)
-        self.start()
-        return [self._fit(_absolute(job), on_progress) for job in jobs]
+        return [self._fit_with_any_mailbox(_absolute(job), on_progress) for job in jobs]
+
+    def _fit_with_any_mailbox(self, job: TrainJob, on_progress: OnProgress | None) -> TrainResult:
+        """Workers that have lost their mailbox end; others go on from the job's last checkpoint."""
+        while True:
+            self.start()
+            try:
+                return self._fit(job, on_progress)
+            except RayActorError as error:
+                self._lost_mailboxes += 1
+                if self._lost_mailboxes > self._max_failures:
+                    raise TrainerDied(f"the trainers' mailbox died {self._lost_mailboxes} times: {error}") from error
+                assert self._thread is not None
+                self._thread.join(_END_S)
+                self._thread = None
 
     def _fit(self, job: TrainJob, on_progress: OnProgress | None) -> TrainResult:
-        index = ray.get(self._mailbox.submit.remote(job), timeout=60)
+        index = self._ask("submit", job)
         self._await_start(job)
         deadline = time.monotonic() + job.config.timeout_s + _HANG_S
         seen: dict[str, float] = {}
         while True:
-            outcome, metrics = ray.get(self._mailbox.outcome.remote(index, _WAIT_S), timeout=60)
+            outcome, metrics = self._ask("outcome", index, _WAIT_S)
             if metrics != seen and on_progress is not None:
                 on_progress(job, metrics)
             seen = metrics
@@ -154,7 +176,7 @@ class TrainerGroup:
 
     def _await_start(self, job: TrainJob) -> None:
         deadline = time.monotonic() + self._start_timeout_s
-        while len(ray.get(self._mailbox.workers.remote(), timeout=60)) < self.workers.count:
+        while len(self._ask("workers")) < self.workers.count:
             self._check_alive(job)
             if time.monotonic() > deadline:
                 free = ray.available_resources()
@@ -169,30 +191,39 @@ class TrainerGroup:
 
     def _check_alive(self, job: TrainJob) -> None:
         if self._thread is not None and not self._thread.is_alive():
-            raise RuntimeError(f"the trainer group ended during the training of {job.output}") from self._error
+            reason = str(self._error).strip().splitlines()
+            raise TrainerDied(
+                f"the trainer group ended during the training of {job.output}, after its workers died more than "
+                f"{self._max_failures} times (cluster.restarts): {reason[-1] if reason else 'no reason was given'}\n"
+                f"Steps up to the last checkpoint in {job.partial} are kept."
+            ) from self._error
+
+    def _ask(self, method: str, *arguments: Any) -> Any:
+        """Call the mailbox."""
+        return get(getattr(self._mailbox, method).remote(*arguments), _ANSWER_S, f"the trainers' mailbox ({method})")
 
     def pids(self) -> dict[int, int]:
         """Process id of each worker that has started, by rank."""
         if self._mailbox is None:
             return {}
-        workers = ray.get(self._mailbox.workers.remote(), timeout=60)
-        return {rank: pid for rank, (_, pid) in workers.items()}
+        return {rank: pid for rank, (_, pid) in self._ask("workers").items()}
 
     def _kill(self) -> None:
         """End workers that may hang."""
-        ray.get(self._mailbox.close.remote(), timeout=60)
-        for worker, _ in ray.get(self._mailbox.workers.remote(), timeout=60).values():
+        self._ask("close")
+        for worker, _ in self._ask("workers").values():
             ray.kill(worker)
 
     def close(self) -> None:
         """Let the workers end and give their resources back. May be called twice."""
         if self._thread is None:
             return
-        ray.get(self._mailbox.close.remote(), timeout=60)
-        self._thread.join(_CLOSE_S)
-        if self._thread.is_alive():
-            self._kill()
+        with contextlib.suppress(RayActorError):  # a dead mailbox ends the workers, too
+            self._ask("close")
             self._thread.join(_CLOSE_S)
+            if self._thread.is_alive():
+                self._kill()
+                self._thread.join(_CLOSE_S)
         ray.kill(self._mailbox)
         self._thread = None
 

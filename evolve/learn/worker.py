@@ -17,18 +17,23 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from evolve.files import publish_directory
 from evolve.learn import rows
-from evolve.learn.errors import LearningError, TrainingTimeoutError
+from evolve.learn.errors import LearningError, TrainingStopped, TrainingTimeoutError
 from evolve.learn.forest import Pairs
 from evolve.learn.jobs import RESULT_FILE, TrainJob, TrainResult
 from evolve.learn.mailbox import Outcome
 from evolve.learn.packing import Completions, MicroBatch, plan_steps, worker_batches
 from evolve.learn.split import held_out
+from evolve.policy.checkpoint import digest
 from evolve.schema import PPMConfig, ScoreForm
+from evolve.service import get
 
 log = logging.getLogger(__name__)
 
 _POLL_S = 20.0
+_ANSWER_S = 120.0
+"""For the mailbox, which does nothing else, to answer."""
 _PROGRESS_S = 0.5
 _ATTENTION_BREAK_EVEN = 4
 """Times the hidden size: the row length at which attention costs as much as the rest. Measured: 530 tokens at
@@ -36,7 +41,8 @@ hidden size 128 on a CPU (65 µs a token at length 128, 150 µs at 1024)."""
 
 T = TypeVar("T")
 Data = Completions | Pairs
-Report = Callable[[Mapping[str, float]], None]
+Report = Callable[[Mapping[str, float]], bool]
+"""Takes a step's metrics to the driver; false when the training is to stop."""
 
 
 def prepare_process(gpu: bool, cpus: float) -> None:
@@ -79,21 +85,18 @@ def serve(settings: Mapping[str, Any]) -> None:
 
     rank = ray.train.get_context().get_world_rank()
     here = ray.get_runtime_context().current_actor
-    index = ray.get(mailbox.register.remote(rank, here, os.getpid()))
+    index = get(mailbox.register.remote(rank, here, os.getpid()), _ANSWER_S, "the trainers' mailbox")
     while True:
-        job = ray.get(mailbox.take.remote(index, _POLL_S))
+        job = get(mailbox.take.remote(index, _POLL_S), _POLL_S + _ANSWER_S, "the trainers' mailbox")
         if job == "closed":
             return
         if job == "wait":
             continue
 
-        def report(metrics: Mapping[str, float], at: int = index) -> None:
-            mailbox.progress.remote(at, dict(metrics))
-
         outcome: Outcome
         try:
-            outcome = run_job(job, report)
-        except (LearningError, TrainingTimeoutError) as error:
+            outcome = run_job(job, _reporter(mailbox, index))
+        except (LearningError, TrainingTimeoutError, TrainingStopped) as error:
             # Raised by every worker alike; the group is sound and goes on.
             outcome = error
         else:
@@ -101,8 +104,24 @@ def serve(settings: Mapping[str, Any]) -> None:
         gc.collect()
         dist.barrier()
         if rank == 0:
-            ray.get(mailbox.finish.remote(index, outcome))
+            get(mailbox.finish.remote(index, outcome), _ANSWER_S, "the trainers' mailbox")
         index += 1
+
+
+def _reporter(mailbox: Any, index: int) -> Report:
+    """Sends metrics of job `index` to the mailbox without waiting; its answers say whether to go on."""
+    import ray
+
+    sent: list[Any] = []
+
+    def report(metrics: Mapping[str, float]) -> bool:
+        sent.append(mailbox.progress.remote(index, dict(metrics)))
+        answered = ray.wait(sent, num_returns=len(sent), timeout=0)[0]
+        for reference in answered:
+            sent.remove(reference)
+        return all(ray.get(answered))
+
+    return report
 
 
 def run_job(job: TrainJob, report: Report) -> TrainResult:
@@ -126,6 +145,8 @@ def _prepare(job: TrainJob) -> TrainResult | None:
             raise LearningError(
                 f"{job.output} exists and is not the result of this training: move it away, or choose another output"
             )
+        if digest(job.output) != known["digest"]:
+            raise LearningError(f"{job.output} is not what its {RESULT_FILE} says: delete it to train it again")
         return TrainResult(job.kind, job.output, known["metrics"])
     if not (Path(job.initial) / "config.json").is_file():
         raise LearningError(f"{job.initial} is no checkpoint directory: it has no config.json")
@@ -164,6 +185,7 @@ class Training:
         from evolve.learn.sft import SFTObjective
 
         self.job, self.config, self.report = job, job.config, report
+        self.told_to_stop = False
         self.rank, self.workers = dist.get_rank(), dist.get_world_size()
         self.started = time.monotonic()
         initial = Path(job.initial)
@@ -175,7 +197,9 @@ class Training:
         torch.manual_seed(job.seed)
         self.model = engine.load_model(initial, job.config, classifier=ppm is not None and ppm.form is ScoreForm.head)
         self.pad_id = self._padding()
-        objective = SFTObjective(self.model) if ppm is None else PPMObjective(self.model, ppm.form, ppm.beta)
+        objective = (
+            SFTObjective(self.model) if ppm is None else PPMObjective(self.model, ppm.form, ppm.beta, ppm.anchor)
+        )
         self.engine = engine.start(objective, job.config)
         self.device = engine.device()
         self.digest = f"{job.digest()} {self.workers} {len(self.plan)} {int(self.data.lengths.sum())}"
@@ -205,6 +229,7 @@ class Training:
         if complaint and self.rank == 0:
             log.warning(complaint)
             ds.discard_checkpoints(self.job.partial)
+        self._measure_reference()
         before = self._evaluate() if not resumed else {}
         history: list[float] = []
         tokens = 0
@@ -215,17 +240,20 @@ class Training:
         told = 0.0
         for step in range(resumed, len(self.plan)):
             last = self._step(step)
-            late = bool(last.pop("late")) and step + 1 < len(self.plan)
+            more = step + 1 < len(self.plan)
+            late, stopped = bool(last.pop("late")) and more, bool(last.pop("stopped")) and more
             history.append(last["loss"])
             tokens += int(last["tokens"])
             if self.rank == 0:
                 self._append(last)
                 if time.monotonic() - told > _PROGRESS_S:
                     told = time.monotonic()
-                    self.report(last)
-            if late or ((step + 1) % self.config.checkpoint_steps == 0 and step + 1 < len(self.plan)):
+                    self.told_to_stop = not self.report(last)
+            if late or stopped or ((step + 1) % self.config.checkpoint_steps == 0 and more):
                 extra = {"history": history, "tokens": tokens, "before": before}
                 ds.save_checkpoint(self.engine, self.job.partial, step + 1, self.digest, extra)
+            if stopped:
+                raise TrainingStopped(f"{self.job.kind} training of {self.job.output} stopped after step {step + 1}")
             if late:
                 raise TrainingTimeoutError(
                     f"{self.job.kind} training of {self.job.output} is not done after "
@@ -281,7 +309,7 @@ class Training:
         torch.manual_seed(self.job.seed + step)
         begin = time.monotonic()
         batches = worker_batches(items, self.data.lengths, self.config.rows_tokens, self.workers, self.rank)
-        total = torch.zeros(3, dtype=torch.float64, device=self.device)
+        total = torch.zeros(4, dtype=torch.float64, device=self.device)
         self.engine.train()
         for number, batch in enumerate(batches):
             loss, right = self._forward(self.data, batch)
@@ -292,6 +320,7 @@ class Training:
             total[:2] += torch.stack([loss.detach().double(), right.double()])
         # Clocks differ; whether time is up must not.
         total[2] = time.monotonic() - self.started > self.config.timeout_s
+        total[3] = self.told_to_stop
         dist.all_reduce(total)
         if not torch.isfinite(total[0]):
             raise LearningError(
@@ -312,9 +341,15 @@ class Training:
             "tokens_per_second": tokens / (time.monotonic() - begin),
             "elapsed_s": time.monotonic() - self.started,
             "late": float(total[2]),
+            "stopped": float(total[3]),
         }
 
     def _forward(self, data: Data, batch: MicroBatch) -> tuple[Any, Any]:
+        """Loss, and how many predictions are right."""
+        loss, right, *_ = self._outputs(data, batch)
+        return loss, right
+
+    def _outputs(self, data: Data, batch: MicroBatch) -> Any:
         import torch
 
         arrays = data.collate(batch, self.pad_id)
@@ -322,6 +357,29 @@ class Training:
             f.name: torch.from_numpy(getattr(arrays, f.name)).to(self.device, non_blocking=True) for f in fields(arrays)
         }
         return self.engine(**tensors)
+
+    def _measure_reference(self) -> None:
+        """Log-probabilities before training, for a PPM's anchor; every worker reads its share and gets all."""
+        import torch
+        import torch.distributed as dist
+
+        if not isinstance(self.config, PPMConfig) or self.config.form is ScoreForm.head or not self.config.anchor:
+            return
+        self.engine.eval()
+        for data in (self.data, self.validation):
+            if not isinstance(data, Pairs) or not len(data.lengths):
+                continue
+            found = torch.zeros(len(data.reference), device=self.device)
+            items = list(range(len(data.lengths)))
+            with torch.no_grad():
+                for batch in worker_batches(items, data.lengths, self.config.rows_tokens, self.workers, self.rank):
+                    logprobs, start = self._outputs(data, batch)[2], 0
+                    for item in (item for row in batch for item in row):
+                        first, end = data.offsets[item], data.offsets[item + 1]
+                        found[first:end] = logprobs[start : start + end - first]
+                        start += end - first
+            dist.all_reduce(found)
+            data.reference = found.cpu().numpy()
 
     def _evaluate(self) -> dict[str, float]:
         """Pair accuracy and loss on the held-out problems; empty where there are none."""
@@ -361,9 +419,11 @@ class Training:
         if self.rank == 0:
             aside = self.job.partial / "model"
             ds.write_model(self.model, weights, Path(self.job.initial), aside)
-            record = {"job": self.job.digest(), "metrics": metrics, "settings": asdict(self.job)}
+            record = {
+                "job": self.job.digest(), "digest": digest(aside), "metrics": metrics, "settings": asdict(self.job)
+            }  # fmt: skip
             (aside / RESULT_FILE).write_text(json.dumps(record, indent=1, default=str))
-            ds.publish(aside, Path(self.job.output))
+            publish_directory(aside, Path(self.job.output))
             shutil.rmtree(self.job.partial)
         dist.barrier()
         return TrainResult(self.job.kind, self.job.output, metrics)

@@ -3,37 +3,28 @@
 It learns from demonstrations that hold misconceptions (see `evolve.toy.forms`) and from a
 *quoting* task without solutions (problem -> its sentences), because copying names and numbers is
 what so small a model otherwise fails at. The loss is on completions only.
-
-Hidden matrices are trained with Muon, which reached a lower loss than AdamW at equal tokens; the
-embedding (tied to the output) and the vectors with AdamW.
 """
 
 from __future__ import annotations
 
-import os
 import random
 import shutil
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
+from transformers.utils import logging
 
+from evolve.files import aside_of, publish_directory
 from evolve.schema import ToyConfig
 from evolve.toy import tokenizer as toy_tokenizer
 from evolve.toy.forms import EVENTS
+from evolve.toy.pretraining import Row, Share, helpers, pretrain
 from evolve.toy.world import demonstrated, prompt, quoting, specs
 
-Row = tuple[list[int], list[int]]
-"""Token ids of a prompt and of its completion."""
-
-MUON_LEARNING_RATE = 0.02
-ADAMW_LEARNING_RATE = 5e-3
-WARMUP_STEPS = 30
-LINE_TOKENS = 256
-"""Rows are packed into lines of this many tokens: short lines keep attention cheap. (Batches of
-rows of similar length, which need no packing, learned more slowly.)"""
 EMBEDDING_STD = 0.1
 """Standard deviation of the initial embeddings; the usual 0.02 learns to copy later."""
 
@@ -76,31 +67,20 @@ def build(
     config: ToyConfig,
     seed: int,
     output: Path,
-    threads: int,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> dict[str, float]:
     """Pre-train the seed model and publish it at `output` as a Hugging Face directory (fp32).
 
-    `progress(step, steps, loss)` is called after every step. The directory is written aside and
-    renamed, so `output` is complete or absent. Returns final loss (mean of the last 50 steps,
-    nats per token), tokens seen, parameters and seconds. Raises `FileExistsError` when `output`
-    exists.
+    `config.workers` processes of one thread each share the work. `progress(step, steps, loss)` is called after
+    every step. The directory is written aside and renamed, so `output` is complete or absent. Returns final loss
+    (mean of the last 50 steps, nats per token), tokens seen, parameters and seconds. Raises `FileExistsError` when
+    `output` exists.
     """
     if output.exists():
         raise FileExistsError(f"{output} exists: remove it, or choose another place for the seed model")
     began = time.monotonic()
-    tokenizer = toy_tokenizer.train()
-    rows = demonstration_rows(config.demonstrations, seed, tokenizer, config.difficulties, config.operations)
-    rows += replay_rows(config.quoting_texts, seed + 1_000_003, tokenizer, config.difficulties, config.operations)
-    threads_before = torch.get_num_threads()
-    torch.set_num_threads(threads)
-    try:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            model = _new_model(config, tokenizer)
-            losses, tokens = _train(model, rows, config, seed, tokenizer.pad_token_id, progress)
-    finally:
-        torch.set_num_threads(threads_before)
+    with helpers(config.workers - 1, partial(_trained, config, seed)) as share:
+        model, tokenizer, losses, tokens = _trained(config, seed, share, progress)
     _publish(model, tokenizer, output)
     last = losses[-50:]
     return {
@@ -109,6 +89,25 @@ def build(
         "parameters": float(sum(p.numel() for p in model.parameters())),
         "seconds": time.monotonic() - began,
     }
+
+
+def _trained(
+    config: ToyConfig, seed: int, share: Share, progress: Callable[[int, int, float], None] | None = None
+) -> tuple[Qwen2ForCausalLM, PreTrainedTokenizerBase, list[float], int]:
+    """The model, its tokenizer, every step's loss and the tokens seen; the same in every process of `share`."""
+    tokenizer = toy_tokenizer.train()
+    rows = demonstration_rows(config.demonstrations, seed, tokenizer, config.difficulties, config.operations)
+    rows += replay_rows(config.quoting_texts, seed + 1_000_003, tokenizer, config.difficulties, config.operations)
+    threads_before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            model = _new_model(config, tokenizer)
+            losses, tokens = pretrain(model, rows, config, seed, tokenizer.pad_token_id, share, progress)
+    finally:
+        torch.set_num_threads(threads_before)
+    return model, tokenizer, losses, tokens
 
 
 def _encode(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
@@ -139,112 +138,14 @@ def _new_model(config: ToyConfig, tokenizer: PreTrainedTokenizerBase) -> Qwen2Fo
     return model
 
 
-def _packed(rows: Sequence[Row], rng: random.Random) -> list[list[Row]]:
-    """All rows in random order, several to a line of at most `LINE_TOKENS` tokens (first fit)."""
-    order = list(rows)
-    rng.shuffle(order)
-    lines: list[list[Row]] = []
-    room: list[int] = []
-    first_open = 0
-    for row in order:
-        length = len(row[0]) + len(row[1])
-        first_open = max(first_open, len(lines) - 16)
-        fitting = (i for i in range(first_open, len(lines)) if room[i] >= length)
-        index = next(fitting, len(lines))
-        if index == len(lines):
-            lines.append([])
-            room.append(LINE_TOKENS)
-        lines[index].append(row)
-        room[index] -= length
-    rng.shuffle(lines)
-    return lines
-
-
-def _batches(rows: Sequence[Row], tokens: int, rng: random.Random) -> Iterator[list[list[Row]]]:
-    """Endless batches of packed lines, `tokens` in all (at least one line)."""
-    size = max(1, tokens // LINE_TOKENS)
-    while True:
-        lines = _packed(rows, rng)
-        for start in range(0, len(lines) - size + 1, size):
-            yield lines[start : start + size]
-
-
-def _train(
-    model: Qwen2ForCausalLM,
-    rows: Sequence[Row],
-    config: ToyConfig,
-    seed: int,
-    pad: int,
-    progress: Callable[[int, int, float], None] | None,
-) -> tuple[list[float], int]:
-    """Minimise the completions' loss; return every step's loss and the number of tokens seen."""
-    hidden = [p for name, p in model.model.layers.named_parameters() if p.ndim == 2]
-    chosen = {id(p) for p in hidden}
-    others = [p for p in model.parameters() if id(p) not in chosen]
-    optimizers: list[torch.optim.Optimizer] = [
-        torch.optim.Muon(hidden, lr=MUON_LEARNING_RATE, weight_decay=0.0),
-        torch.optim.AdamW(others, lr=ADAMW_LEARNING_RATE, weight_decay=0.0, betas=(0.9, 0.95)),
-    ]
-    steps = config.pretrain_steps
-    schedules = [
-        torch.optim.lr_scheduler.LambdaLR(
-            o, lambda step: min((step + 1) / WARMUP_STEPS, (steps - step) / (steps - min(steps - 1, WARMUP_STEPS)))
-        )
-        for o in optimizers
-    ]
-    batches = _batches(rows, config.tokens_per_step, random.Random(f"toy batches {seed}"))
-    losses: list[float] = []
-    seen = 0
-    model.train()
-    for step in range(steps):
-        batch = next(batches)
-        loss = _loss(model, batch, pad)
-        loss.backward()
-        for optimizer, schedule in zip(optimizers, schedules, strict=True):
-            optimizer.step()
-            schedule.step()
-            optimizer.zero_grad()
-        losses.append(loss.item())
-        seen += sum(len(row[0]) + len(row[1]) for line in batch for row in line)
-        if progress is not None:
-            progress(step + 1, steps, losses[-1])
-    model.eval()
-    return losses, seen
-
-
-def _loss(model: Qwen2ForCausalLM, lines: Sequence[Sequence[Row]], pad: int) -> torch.Tensor:
-    """Mean cross-entropy of the completions' tokens, nats.
-
-    Rows of one line do not see each other: a token attends to earlier tokens with the same number.
-    Positions need not restart, since rotary embeddings only know distances.
-    """
-    ids = torch.full((len(lines), LINE_TOKENS), pad)
-    number = torch.full((len(lines), LINE_TOKENS), -1)
-    learned = torch.zeros((len(lines), LINE_TOKENS), dtype=torch.bool)
-    for i, line in enumerate(lines):
-        at = 0
-        for j, (question, completion) in enumerate(line):
-            middle, end = at + len(question), at + len(question) + len(completion)
-            ids[i, at:end] = torch.tensor([*question, *completion])
-            number[i, at:end] = j
-            learned[i, middle:end] = True
-            at = end
-    mask = (number[:, None, :, None] == number[:, None, None, :]).tril()
-    states = model.model(input_ids=ids, attention_mask=mask, use_cache=False).last_hidden_state
-    logits = model.lm_head(states[:, :-1][learned[:, 1:]])
-    return torch.nn.functional.cross_entropy(logits, ids[:, 1:][learned[:, 1:]])
-
-
 def _publish(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
-    """Write beside, flush to disk, rename."""
+    """A Hugging Face directory that is there whole or not at all."""
     output.parent.mkdir(parents=True, exist_ok=True)
-    aside = output.with_name(f".{output.name}.{os.getpid()}")
+    aside = aside_of(output)
+    logging.disable_progress_bar()  # it would write over the caller's own line
     try:
         model.save_pretrained(aside)
         tokenizer.save_pretrained(aside)
-        for file in aside.iterdir():
-            with file.open("rb") as handle:
-                os.fsync(handle.fileno())
-        aside.rename(output)
+        publish_directory(aside, output)
     finally:
         shutil.rmtree(aside, ignore_errors=True)

@@ -142,10 +142,11 @@ def problems(
 ) -> list[Problem]:
     """`count` different problems of a split, beginning with the `start`-th.
 
-    `difficulties` are numbers of events, drawn from evenly; `operations` (4 to 12) says how many
-    kinds of event there are, simplest first. The same arguments give the same problems; asking
-    for more gives the same first ones. Raises `ValueError` for arguments out of range and
-    `RuntimeError` when no further problem can be found.
+    `difficulties` are numbers of events: as many problems in a row as there are entries have one of
+    each, in changing order. `operations` (4 to 12) says how many kinds of event there are, simplest
+    first. The same arguments give the same problems; asking for more gives the same first ones.
+    Raises `ValueError` for arguments out of range and `RuntimeError` when no further problem can be
+    found.
     """
     drawn = specs(count, seed, split, difficulties, operations, start)
     return [
@@ -173,12 +174,20 @@ def specs(
     seen: set[str] = set()
     for index in range(start + count):
         rng = random.Random(f"toy {split} {seed} {index}")
-        events = rng.choice(list(difficulties))
+        events = _difficulty(difficulties, split, seed, index)
         novel = split in ("dev", "test") and index % 2 == 1
         spec = _find(rng, split, events, operations, novel, seen)
         seen.add(spec.question)
         found.append(spec)
     return found[start:]
+
+
+def _difficulty(difficulties: Sequence[int], split: Split, seed: int, index: int) -> int:
+    """Every run of `len(difficulties)` problems holds each of them once, so that rounds compare like with like."""
+    block, place = divmod(index, len(difficulties))
+    order = list(difficulties)
+    random.Random(f"toy {split} {seed} block {block}").shuffle(order)
+    return order[place]
 
 
 def _find(rng: random.Random, split: Split, events: int, operations: int, novel: bool, seen: set[str]) -> Spec:

@@ -93,7 +93,7 @@ def test_loss_and_gradient_equal_those_of_unpacked_pairs(
     objective = PPMObjective(model, form, beta)
     total, right = torch.zeros(()), 0
     for batch in lay_out(range(len(data.lengths)), data.lengths, 256):
-        loss, correct = objective(**tensors(data.collate(batch, 0)))
+        loss, correct, _ = objective(**tensors(data.collate(batch, 0)))
         total, right = total + loss, right + int(correct)
     total.backward()
     assert total.item() == pytest.approx(expected.item(), rel=1e-5)
@@ -101,6 +101,35 @@ def test_loss_and_gradient_equal_those_of_unpacked_pairs(
         if gradient is not None:
             torch.testing.assert_close(p.grad, gradient, rtol=1e-3, atol=1e-4)
     assert 0 < right < len(some)
+
+
+def test_the_anchor_is_the_mean_squared_drift_of_every_pair(
+    tiny_model: Path, step_pairs: Callable[..., list[StepPair]]
+) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from evolve.learn.ppm import PPMObjective
+
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    some = step_pairs(3)
+    data = packed(some)
+    batches = lay_out(range(len(data.lengths)), data.lengths, 256)
+    plain, anchored = PPMObjective(model, ScoreForm.logprob, 0.7), PPMObjective(model, ScoreForm.logprob, 0.7, 2.0)
+    with torch.no_grad():
+        for batch in batches:
+            measured, start = plain(**tensors(data.collate(batch, 0)))[2], 0
+            for item in (item for row in batch for item in row):
+                first, end = data.offsets[item], data.offsets[item + 1]
+                data.reference[first:end] = measured[start : start + end - first].numpy()
+                start += end - first
+        before = [float(plain(**tensors(data.collate(b, 0)))[0]) for b in batches]
+        assert [float(anchored(**tensors(data.collate(b, 0)))[0]) for b in batches] == pytest.approx(before)
+
+        data.reference += np.float32(0.5)  # as if every token had lost half a nat
+        drifted = [float(anchored(**tensors(data.collate(b, 0)))[0]) for b in batches]
+    assert sum(drifted) - sum(before) == pytest.approx(2.0 * 0.5 * 0.5**2 * data.weights.sum(), rel=1e-4)
 
 
 @pytest.mark.parametrize("form", list(ScoreForm))
@@ -115,7 +144,7 @@ def test_a_worker_without_pairs_still_takes_part(
         model = AutoModelForSequenceClassification.from_pretrained(tiny_model, num_labels=1)
     else:
         model = AutoModelForCausalLM.from_pretrained(tiny_model)
-    loss, _ = PPMObjective(model, form, 1.0)(**tensors(packed(step_pairs(1)).collate([], 0)))
+    loss, *_ = PPMObjective(model, form, 1.0, anchor=1.0)(**tensors(packed(step_pairs(1)).collate([], 0)))
     loss.backward()
     assert loss.item() == 0.0
     assert all(math.isfinite(float(p.grad.sum())) for p in model.parameters() if p.grad is not None)

@@ -206,6 +206,42 @@ def test_a_killed_worker_costs_only_the_steps_since_the_last_checkpoint(
     same_weights(quiet.output, hit.output, 2e-4)
 
 
+def test_a_group_that_is_closed_leaves_a_checkpoint_and_another_goes_on_from_it(
+    ray_cluster: None, tiny_model: Path, files: dict[str, tuple[str, ...]], tmp_path: Path
+) -> None:
+    config = replace(SFT, epochs=150, checkpoint_steps=10_000)
+    long = TrainJob(config, str(tiny_model), files["sft"], str(tmp_path / "o"))
+
+    def close(job: TrainJob, metrics: Any) -> None:
+        if metrics.get("step", 0) > 20:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), TrainerGroup(Workers(2), tmp_path / "ray") as one:
+        one.fit([long], close)
+    assert list(long.partial.glob("checkpoint-*/meta.json"))
+    with TrainerGroup(Workers(2), tmp_path / "ray") as two:
+        assert two.fit([long])[0].metrics["resumed_from"] > 20
+
+
+def test_a_dead_mailbox_costs_only_the_steps_since_the_last_checkpoint(
+    ray_cluster: None, tiny_model: Path, files: dict[str, tuple[str, ...]], tmp_path: Path
+) -> None:
+    import ray
+
+    job = TrainJob(replace(SFT, epochs=150, checkpoint_steps=60), str(tiny_model), files["sft"], str(tmp_path / "o"))
+    killed: list[Any] = []
+
+    def kill(job: TrainJob, metrics: Any) -> None:
+        if not killed and list(job.partial.glob("checkpoint-*/meta.json")):
+            killed.append(group._mailbox)
+            ray.kill(group._mailbox)
+
+    with TrainerGroup(Workers(2), tmp_path / "ray") as group:
+        result = group.fit([job], kill)[0]
+    assert killed
+    assert result.metrics["resumed_from"] >= 60
+
+
 @pytest.mark.parametrize(
     ("change", "complaint"),
     [

@@ -58,6 +58,13 @@ def test_half_of_the_held_out_problems_have_sequences_that_training_never_has() 
         assert not {s.sequence for s in held_out[1::2]} & seen
 
 
+def test_as_many_problems_in_a_row_as_there_are_difficulties_have_one_of_each() -> None:
+    found = [problem.difficulty or 0 for problem in problems(18, 3, "train", [1, 1, 2, 3, 3, 4], 12)]
+    runs = [found[start : start + 6] for start in (0, 6, 12)]
+    assert [sorted(run) for run in runs] == [[1, 1, 2, 3, 3, 4]] * 3
+    assert len({tuple(run) for run in runs}) > 1, "the order changes"
+
+
 @pytest.mark.parametrize("operations", range(4, 13))
 def test_every_number_of_operations_has_held_out_problems_of_every_difficulty(operations: int) -> None:
     for difficulty in ALL:
