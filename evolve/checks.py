@@ -15,12 +15,17 @@ from evolve.schema import (
     RoundConfig,
     TrainConfig,
     ValueKind,
+    VerifierConfig,
 )
 
 FORMATS = ("code", "printed")
 SCHEDULES = ("linear", "cosine")
 TOY_HEADS = 4
 """Attention heads of the tiny world's model."""
+RAY_PACKAGES = "working_dir_files"
+"""Directory of a Ray session under which `ray job submit --working-dir` is unpacked."""
+OUTPUT_BYTES_MOST = 24 * 1024
+"""Largest `verifier.output_bytes`: JSON may take six bytes for one, and a result must fit one packet."""
 CPU_WORKERS = 2
 """Trainer workers where `workers` is null and there are no GPUs."""
 
@@ -44,7 +49,7 @@ _AT_LEAST: dict[str, float] = {
     "toy.pretrain_steps": 1,
     "toy.tokens_per_step": 1,
     "toy.layers": 1,
-    "toy.threads": 1,
+    "toy.workers": 1,
     "policy.max_step_tokens": 1,
     "search.rollouts": 1,
     "search.candidates": 1,
@@ -54,15 +59,12 @@ _AT_LEAST: dict[str, float] = {
     "search.retry_trees": 0,
     "search.concurrent_trees": 1,
     "search.concurrent_rollouts": 1,
-    "verifier.supervisors": 1,
-    "verifier.output_bytes": 1,
-    "verifier.memory_mb": 1,
-    "verifier.snapshot_mb": 1,
-    "verifier.queue": 1,
-    "verifier.max_infrastructure_failures": 0,
+    "search.tail_rollouts": 1,
+    "search.settled": 1,
     "sft.trajectories": 1,
     "sft.replay": 0,
     "sft.synthetic_min_correct": 0,
+    "ppm.anchor": 0,
     "ppm.positives": 1,
     "ppm.negatives": 1,
     "ppm.validation_share": 0,
@@ -75,22 +77,21 @@ _AT_LEAST: dict[str, float] = {
     "evaluate.bootstrap_resamples": 100,
     "cluster.shards": 1,
     "cluster.verifier_cpus": 0,
+    "cluster.restarts": 0,
 }
 _ABOVE_ZERO = (
     "policy.temperature",
     "policy.top_p",
-    "verifier.cpu_s",
-    "verifier.wall_s",
-    "verifier.grade_timeout_s",
     "ppm.beta",
     "ppm.score_scale",
     "evaluate.temperature",
     "cluster.placement_timeout_s",
     "cluster.stage_timeout_s",
+    "cluster.restart_window_s",
+    "cluster.silence_s",
 )
 _AT_MOST: dict[str, float] = {
     "policy.top_p": 1,
-    "verifier.max_infrastructure_failures": 1,
     "sft.synthetic_min_correct": 1,
     "ppm.validation_share": 0.5,
 }
@@ -119,6 +120,7 @@ _ROUND_AT_LEAST: dict[str, float] = {
     "exploration": 0,
     "trees": 1,
     "retry_trees": 0,
+    "settled": 1,
 }
 
 
@@ -130,6 +132,7 @@ def findings(config: EvolveConfig) -> list[Finding]:
         *_toy(config),
         *_policy(config),
         *_rounds(config),
+        *verifier(config.verifier),
         *_training(config, "sft", config.sft),
         *_training(config, "ppm", config.ppm),
         *_ppm(config),
@@ -179,6 +182,10 @@ def _problems(config: EvolveConfig) -> Iterator[Finding]:
     problems = config.problems
     if not config.run.name or "/" in config.run.name or config.run.name.startswith("."):
         yield Finding("run.name", f"{config.run.name!r} is no directory name", "give a plain name")
+    if RAY_PACKAGES in Path(config.run.dir).absolute().parts:
+        what = f"{config.run.dir} lies in the copy of the working directory that Ray keeps while this job runs"
+        mend = "give a directory that lasts and all nodes share: run.dir=/shared/runs, or EVOLVE_RUNS on every node"
+        yield Finding("run.dir", what, mend)
     if not problems.path:
         yield Finding("problems.path", "is empty", "give `toy`, a file, a directory or a hub name")
     if problems.path == "toy" and problems.per_round is None:
@@ -250,6 +257,25 @@ def _round(config: EvolveConfig, k: int, own: RoundConfig) -> Iterator[Finding]:
         key = "search.value" if own.value is None else "rounds.1.value"
         what = "is ppm in round 1, but no PPM has been trained before it"
         yield Finding(key, what, "write value: terminal for round 1")
+
+
+def verifier(config: VerifierConfig) -> Iterator[Finding]:
+    """Limits of the sandbox that make no sense. The verifier itself refuses them too, for those who use it alone."""
+    hour, day, mib = 3600, 86400, 1 << 20
+    rules: list[tuple[str, bool, str]] = [
+        ("supervisors", config.supervisors is None or 1 <= config.supervisors <= 1024, "null or from 1 to 1024"),
+        ("cpu_s", 0.01 <= config.cpu_s <= hour, "from 0.01 to 3600 seconds"),
+        ("wall_s", config.cpu_s <= config.wall_s <= day, f"from verifier.cpu_s = {config.cpu_s:g} to a day"),
+        ("memory_mb", 256 <= config.memory_mb <= mib, "from 256 (sympy alone needs that) to 1048576"),
+        ("output_bytes", 1 <= config.output_bytes <= OUTPUT_BYTES_MOST, f"from 1 to {OUTPUT_BYTES_MOST}"),
+        ("snapshot_mb", 16 <= config.snapshot_mb <= 16 * mib, "from 16 (two snapshots with sympy) to 16777216"),
+        ("grade_timeout_s", 0.01 <= config.grade_timeout_s <= hour, "from 0.01 to 3600 seconds"),
+        ("queue", 1 <= config.queue <= mib, "from 1 to 1048576"),
+        ("max_infrastructure_failures", 0 <= config.max_infrastructure_failures <= 1, "a share, from 0 to 1"),
+    ]
+    for key, holds, must in rules:
+        if not holds:
+            yield Finding(f"verifier.{key}", f"is {getattr(config, key)!r}", f"it must be {must}")
 
 
 def _training(config: EvolveConfig, name: str, train: TrainConfig) -> Iterator[Finding]:

@@ -10,6 +10,7 @@ layers are reported together.
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -48,7 +49,7 @@ _NO_EFFECT_ON_RESULTS = {
     "run.dir",
     "run.allow_changes",
     "round",
-    "toy.threads",
+    "toy.workers",
     "search.concurrent_trees",
     "verifier.supervisors",
     "verifier.queue",
@@ -228,7 +229,10 @@ def _recipe_file(conf: str, complaints: list[Complaint]) -> Path | None:
     path = Path(conf).expanduser() if is_path else CONF_DIR / f"{conf}.yaml"
     if path.is_file():
         return path
-    mend = "give the path of a YAML file" if is_path else f"recipes in {CONF_DIR}: {', '.join(_recipes())}"
+    known = _recipes()
+    near = difflib.get_close_matches(conf, known, n=1, cutoff=0.5)
+    hint = f"did you mean {near[0]}? " if near else ""
+    mend = "give the path of a YAML file" if is_path else f"{hint}recipes in {CONF_DIR}: {', '.join(known)}"
     complaints.append(Complaint(f"no recipe {path}", f"command line: conf={conf}", mend))
     return None
 

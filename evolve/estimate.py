@@ -7,9 +7,7 @@ in `RoundEstimate.arithmetic`: a user who knows better numbers can put them in.
 from __future__ import annotations
 
 import math
-import os
-import subprocess
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from evolve.checks import CPU_WORKERS
@@ -25,6 +23,7 @@ from evolve.costs import (
     statements,
     training_hours,
 )
+from evolve.placement import Layout, Need, Resources, amount, lay_out, shards, shortfalls, taken
 from evolve.schema import Device, EngineConfig, EvolveConfig, Generator, Precision, ValueKind
 from evolve.sizes import ModelSize, model_size
 from evolve.types import RoundPlan
@@ -34,29 +33,6 @@ UNSOLVED_BY_ROUND = (0.398, 0.334, 0.221, 0.097)
 """Share of problems without a correct trajectory after each round of rStar-Math (arXiv 2501.04519)."""
 UNKNOWN_PROBLEMS = 100_000
 """Training problems assumed when the data set cannot be counted without the network."""
-
-
-@dataclass(frozen=True)
-class Node:
-    """One machine of the cluster."""
-
-    cpus: float
-    gpus: float = 0.0
-
-
-@dataclass(frozen=True)
-class Resources:
-    """The machines there are."""
-
-    nodes: tuple[Node, ...]
-
-    @property
-    def cpus(self) -> float:
-        return sum(node.cpus for node in self.nodes)
-
-    @property
-    def gpus(self) -> float:
-        return sum(node.gpus for node in self.nodes)
 
 
 @dataclass(frozen=True)
@@ -82,12 +58,17 @@ class Shard:
     cpus: float
     weights_gib: float
     """Weights of the policy engine on each of its GPUs (or in memory)."""
-    fits: int
-    """How many such groups the cluster holds."""
+    layout: Layout
+    """Which nodes such groups go to."""
 
     @property
     def gpus(self) -> float:
         return self.policy_gpus + self.ppm_gpus
+
+    @property
+    def fits(self) -> int:
+        """How many such groups the cluster holds."""
+        return self.layout.placed
 
 
 @dataclass(frozen=True)
@@ -123,6 +104,8 @@ class Plan:
     rounds: tuple[RoundEstimate, ...]
     trainer_workers: int | None
     """None: as many as there are GPUs, and there are none yet."""
+    layouts: tuple[Layout, ...]
+    """Where the search of each round (rounds that need the same share one) and the training go."""
     assumptions: tuple[str, ...]
     missing: tuple[str, ...]
 
@@ -135,19 +118,6 @@ class Plan:
         return sum(estimate.tree_bytes + estimate.checkpoint_bytes for estimate in self.rounds)
 
 
-def local_resources() -> Resources:
-    """This machine, found without importing torch: GPUs as `nvidia-smi` lists them."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    try:
-        listed = subprocess.run(["nvidia-smi", "-L"], capture_output=True, text=True, timeout=20, check=True)
-        gpus = sum(line.startswith("GPU ") for line in listed.stdout.splitlines())
-    except (OSError, subprocess.SubprocessError):
-        gpus = 0  # no driver: no GPU that could be used
-    if visible is not None:
-        gpus = min(gpus, len([part for part in visible.split(",") if part.strip() not in ("", "-1")]))
-    return Resources((Node(float(len(os.sched_getaffinity(0))), float(gpus)),))
-
-
 def plan(config: EvolveConfig, resources: Resources) -> Plan:
     """Estimate every round of a configuration that is to run: all, or `config.round` alone."""
     on_gpus = uses_gpus(config, resources)
@@ -157,6 +127,7 @@ def plan(config: EvolveConfig, resources: Resources) -> Plan:
     workers = config.sft.workers
     if workers is None:
         workers = CPU_WORKERS if not on_gpus else int(resources.gpus) or None
+    layouts = (*_search_layouts(rounds), _training_layout(config, resources, rounds, workers))
     sizes = dict.fromkeys((e.model.name, e.model.billions, e.model.source) for e in rounds)
     assumptions.extend(f"{name}: {billions} parameters ({source})" for name, billions, source in sizes)
     assumptions.extend(statements(config.ppm.form, UNSOLVED_BY_ROUND, on_gpus))
@@ -166,8 +137,9 @@ def plan(config: EvolveConfig, resources: Resources) -> Plan:
         "GPU" if on_gpus else "core",
         rounds,
         workers,
+        layouts,
         tuple(assumptions),
-        tuple(_missing(config, resources, rounds, workers)),
+        tuple(_missing(config, resources, rounds, layouts, workers)),
     )
 
 
@@ -350,38 +322,63 @@ def _shard(config: EvolveConfig, own: RoundPlan, model: ModelSize, resources: Re
     policy_gpus = _gpus(engine) if on_gpus else 0.0
     ppm_gpus = _gpus(config.ppm.engine) if on_gpus and guided else 0.0
     cpus = config.cluster.verifier_cpus
-    fits = 0
-    for node in resources.nodes:
-        groups = int(node.cpus // cpus) if cpus else 1
-        if on_gpus:
-            groups = min(groups, int((node.gpus + 1e-9) // (policy_gpus + ppm_gpus)))
-        fits += groups
+    need = Need(cpus, policy_gpus + ppm_gpus)
+    layout = shards(f"round {own.round}", resources.nodes, need, config.cluster.shards)
     bytes_each = 2 if engine.precision is Precision.bf16 else 4
-    if not on_gpus:
-        fits = min(fits, len(resources.nodes))  # one engine uses all cores of a node
-    if config.cluster.shards is not None:
-        fits = min(fits, config.cluster.shards)
     weights = model.parameters * bytes_each / engine.tensor_parallel / GIB
-    return Shard(f"round {own.round} search", policy_gpus, ppm_gpus, cpus, weights, fits)
+    return Shard(f"round {own.round} search", policy_gpus, ppm_gpus, cpus, weights, layout)
 
 
 def _gpus(engine: EngineConfig) -> float:
     return max(engine.gpus, float(engine.tensor_parallel)) if engine.tensor_parallel > 1 else engine.gpus
 
 
-def _missing(
+def _search_layouts(rounds: tuple[RoundEstimate, ...]) -> list[Layout]:
+    """One layout for all rounds in a row that need the same."""
+    found: list[tuple[list[int], Layout]] = []
+    for estimate in rounds:
+        layout = estimate.shard.layout
+        if found and found[-1][1].need == layout.need:
+            found[-1][0].append(estimate.plan.round)
+        else:
+            found.append(([estimate.plan.round], layout))
+    return [replace(layout, what=_named(numbers)) for numbers, layout in found]
+
+
+def _named(rounds: list[int]) -> str:
+    return f"round {rounds[0]}" if len(rounds) == 1 else f"rounds {rounds[0]}-{rounds[-1]}"
+
+
+def _training_layout(
     config: EvolveConfig, resources: Resources, rounds: tuple[RoundEstimate, ...], workers: int | None
+) -> Layout:
+    """On GPUs the engines give way to the trainers; on CPUs both are up, and shards come first."""
+    on_gpus = uses_gpus(config, resources)
+    nodes = resources.nodes
+    if not on_gpus and rounds:
+        shares = max((estimate.shard.layout for estimate in rounds), key=lambda layout: layout.need.cpus).shares
+        need = Need(config.cluster.verifier_cpus)
+        nodes = tuple(taken(share.node, need, share.groups) for share in shares)
+    layout = lay_out("training", nodes, Need(config.sft.cpus_per_worker, float(on_gpus)), workers)
+    own = tuple(replace(share, node=node) for share, node in zip(layout.shares, resources.nodes, strict=True))
+    return replace(layout, shares=own)
+
+
+def _missing(
+    config: EvolveConfig,
+    resources: Resources,
+    rounds: tuple[RoundEstimate, ...],
+    layouts: tuple[Layout, ...],
+    workers: int | None,
 ) -> list[str]:
     """What this cluster lacks, each with what would mend it."""
     missing = []
-    largest = max(resources.nodes, key=lambda node: (node.gpus, node.cpus), default=Node(0))
     for estimate in rounds:
         shard = estimate.shard
-        if shard.fits < (config.cluster.shards or 1):
+        if not shard.layout.complete:
             missing.append(
-                f"{shard.stage}: a shard needs {shard.cpus:g} CPUs and GPUs: {shard.gpus:g}, on one node; "
-                f"the largest node has {largest.cpus:g} CPUs and GPUs: {largest.gpus:g}; shards that fit: "
-                f"{shard.fits} of {config.cluster.shards or 1}"
+                f"{shard.stage}: a shard needs {amount(shard.layout.need)} on one node; shards that fit: "
+                f"{shard.fits} of {shard.layout.wanted}. " + "; ".join(shortfalls(shard.layout))
             )
         room = GPU_MEMORY_GIB * config.policy.engine.gpu_memory_utilization
         if shard.policy_gpus and shard.weights_gib > room:
@@ -391,9 +388,13 @@ def _missing(
             )
     if uses_gpus(config, resources) and workers is None:
         missing.append("training: at least 1 GPU is needed; set cluster.device=cpu to train on CPUs")
+    training = layouts[-1]
+    if workers and not training.complete:
+        missing.append(
+            f"training: {training.wanted} workers of {amount(training.need)} each, room for {training.placed}. "
+            + "; ".join(shortfalls(training))
+        )
     for name, batch in (("sft", config.sft.batch), ("ppm", config.ppm.batch)):
         if workers and batch % workers:
             missing.append(f"{name}.batch={batch} cannot be shared evenly by {workers} trainer workers")
-    if config.sft.workers and uses_gpus(config, resources) and config.sft.workers > resources.gpus:
-        missing.append(f"sft.workers={config.sft.workers}, but there are {resources.gpus:g} GPUs")
     return missing

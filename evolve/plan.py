@@ -3,9 +3,6 @@
 from __future__ import annotations
 
 import io
-import logging
-import os
-import socket
 import sys
 
 from rich import box
@@ -13,43 +10,36 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from evolve.config import ConfigError, to_yaml
-from evolve.estimate import Node, Plan, Resources, local_resources, plan
-from evolve.reading import Complaint
+from evolve.attach import address_of, attached
+from evolve.config import to_yaml
+from evolve.estimate import Plan, plan
+from evolve.placement import Layout, Node, Resources, Share, amount, local_resources
 from evolve.schema import EvolveConfig
 
 WIDTH = 100
+NAMES = 4
+"""Names of nodes shown on one line."""
 
 
 def show_plan(config: EvolveConfig) -> None:
     """Print the plan of a configuration for the Ray cluster it would run in, else for this machine.
 
     Raises:
-        ConfigError: a Ray address is set and no cluster answers there.
+        UnreachableError: a Ray address is set and no cluster answers there.
     """
-    address = config.cluster.address or os.environ.get("RAY_ADDRESS")
-    resources = local_resources() if address is None else _cluster_resources(address)
+    address = address_of(config)
+    resources = local_resources() if address is None else cluster_resources(address)
     sys.stdout.write(render(plan(config, resources)))
 
 
-def _cluster_resources(address: str) -> Resources:
-    """The nodes of a running Ray cluster; nothing is started on them."""
-    import ray
+def cluster_resources(address: str) -> Resources:
+    """The nodes of a running Ray cluster; nothing is started on them.
 
-    host, _, port = address.rpartition("://")[2].partition(":")
-    try:
-        if port.isdecimal():
-            # Ray itself tries for minutes before it gives up.
-            socket.create_connection((host, int(port)), timeout=10).close()
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
-    except (OSError, ValueError, RuntimeError) as error:
-        what = f"cluster.address: no Ray cluster answers ({str(error).splitlines()[0]})"
-        raise ConfigError([Complaint(what, f"address {address}", "start it, or leave the address out")]) from error
-    try:
-        alive = [node["Resources"] for node in ray.nodes() if node["Alive"]]
-    finally:
-        ray.shutdown()
-    return Resources(tuple(Node(node.get("CPU", 0.0), node.get("GPU", 0.0)) for node in alive))
+    Raises:
+        UnreachableError: no cluster answers there.
+    """
+    with attached(address) as nodes:
+        return Resources(tuple(Node(node.cpus, node.gpus, node.name) for node in nodes()))
 
 
 def render(found: Plan) -> str:
@@ -62,6 +52,7 @@ def render(found: Plan) -> str:
     nodes, cpus, gpus = len(found.resources.nodes), found.resources.cpus, found.resources.gpus
     console.print(f"this cluster: {_plural(nodes, 'node')}, {cpus:g} CPUs, {_plural(gpus, 'GPU')}")
     console.print(_placement(found))
+    console.print(_by_node(found))
     console.print(_work(found))
     console.print(_cost(found))
     _total(console, found)
@@ -128,6 +119,34 @@ def _placement(found: Plan) -> Table:
     )
     table.caption_justify = "left"
     return table
+
+
+def _by_node(found: Plan) -> Table:
+    """How many shards and trainer workers each node has room for; nodes alike share a line."""
+    table = _table("by node: shards of the search, workers of the training", "node", "CPUs", "GPUs")
+    for layout in found.layouts:
+        table.add_column(layout.what, justify="right")
+    alike: dict[tuple[str, ...], list[str]] = {}
+    for index, node in enumerate(found.resources.nodes):
+        cells = [_share(layout, layout.shares[index]) for layout in found.layouts]
+        alike.setdefault((f"{node.cpus:g}", f"{node.gpus:g}", *cells), []).append(node.name)
+    for cells_of, names in alike.items():
+        shown = ", ".join(names[:NAMES]) + (f" and {len(names) - NAMES} more" if len(names) > NAMES else "")
+        table.add_row(shown, *cells_of)
+    needs = "; ".join(
+        f"{layout.what}: {amount(layout.need)} a {'worker' if layout.what == 'training' else 'shard'}"
+        for layout in found.layouts
+    )
+    table.caption = f"each takes, on one node: {needs}. Ray chooses among nodes with room."
+    table.caption_justify = "left"
+    table.columns[0].no_wrap = False
+    return table
+
+
+def _share(layout: Layout, share: Share) -> str:
+    if share.groups or layout.complete:
+        return str(share.groups or "-")
+    return f"{amount(share.short)} short"
 
 
 def _work(found: Plan) -> Table:

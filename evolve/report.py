@@ -2,13 +2,16 @@
 
 `report.json`:
 
-    run, config_digest, problems {train, test, digest, notes}
-    rounds[]: one entry a finished round, round 0 being the base model, with
+    run, config_digest
+    base          digest, seconds and metrics of the tiny world's base model; empty for any other
+    rounds[]      one entry a round that was begun, round 0 being the base model, with
       round
       search      trees, rollouts, problems, solved, coverage by difficulty {level: [solved, problems]}, classes
-                  {easy, medium, hard}, sampled_tokens, executions, infrastructure_failures, seconds
+                  {easy, medium, hard}, sampled_tokens, executions, infrastructure_failures, parts {file: digest},
+                  policy (digest), sandboxes[] {tier, missing}, seconds
       sft, ppm    rows, metrics (PPM: pair_accuracy on held-out problems), digest, seconds
-      evaluation  rows[]: method, accuracy {value, low, high}, problems, tokens, scored_tokens, detail
+      evaluation  rows[]: method, accuracy {value, low, high}, problems, tokens, scored_tokens, detail; problems,
+                  skipped, seconds
       seconds     by stage
 
 Intervals are 95 % bootstrap intervals over problems; `detail.minus_majority` is the paired difference to the vote.
@@ -20,7 +23,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -28,9 +31,9 @@ from rich.console import Console
 from rich.table import Table
 
 from evolve.config import to_yaml
+from evolve.files import publish_json
 from evolve.progress import duration
 from evolve.schema import EvolveConfig, WandbMode
-from evolve.store.files import publish_json
 from evolve.store.run import RunDirectory
 
 STAGES = ("search", "sft", "ppm", "evaluation")
@@ -72,27 +75,33 @@ def show_round(report: Mapping[str, Any], number: int, console: Console) -> None
         )
         console.print(table)
     if "evaluation" in entry:
-        table = Table(title=f"{name}: held-out problems", title_justify="left")
-        for column in ("method", "correct", "95 % interval", "problems", "tokens", "PPM tokens", "minus majority"):
-            table.add_column(column, justify="left" if column == "method" else "right")
-        for row in entry["evaluation"]["rows"]:
-            accuracy, detail = row["accuracy"], row["detail"]
-            paired = (
-                f"{detail['minus_majority']:+.1%} [{detail['minus_majority_low']:+.1%}, "
-                f"{detail['minus_majority_high']:+.1%}]"
-                if "minus_majority" in detail
-                else ""
-            )
-            table.add_row(
-                row["method"],
-                f"{accuracy['value']:.1%}",
-                _range(accuracy),
-                str(row["problems"]),
-                f"{row['tokens']:,}",
-                f"{row['scored_tokens']:,}" if row["scored_tokens"] else "",
-                paired,
-            )
-        console.print(table)
+        console.print(evaluation_table(entry["evaluation"]["rows"], f"{name}: held-out problems"))
+
+
+def evaluation_table(rows: Sequence[Mapping[str, Any]], title: str) -> Table:
+    """One line a method, from `EvalRow`s as dictionaries."""
+    caption = "tokens: sampled for a problem; PPM tokens: read by the PPM for a problem"
+    table = Table(title=title, title_justify="left", caption=caption, caption_justify="left")
+    for column in ("method", "correct", "95 % interval", "problems", "tokens", "PPM tokens", "minus majority"):
+        table.add_column(column, justify="left" if column == "method" else "right")
+    for row in rows:
+        accuracy, detail = row["accuracy"], row["detail"]
+        paired = (
+            f"{detail['minus_majority']:+.1%} [{detail['minus_majority_low']:+.1%}, "
+            f"{detail['minus_majority_high']:+.1%}]"
+            if "minus_majority" in detail
+            else ""
+        )
+        table.add_row(
+            row["method"],
+            f"{accuracy['value']:.1%}",
+            _range(accuracy),
+            str(row["problems"]),
+            f"{row['tokens'] / row['problems']:,.0f}",
+            f"{row['scored_tokens'] / row['problems']:,.0f}" if row["scored_tokens"] else "",
+            paired,
+        )
+    return table
 
 
 def show_run(report: Mapping[str, Any], console: Console) -> None:
@@ -159,8 +168,7 @@ class Metrics:
         import wandb
 
         mode = self._config.wandb.mode
-        has_key = bool(os.environ.get("WANDB_API_KEY")) or _logged_in()
-        chosen: Any = ("online" if has_key else "offline") if mode is WandbMode.auto else mode.value
+        chosen: Any = ("online" if wandb_key() else "offline") if mode is WandbMode.auto else mode.value
         name = self._config.run.name
         identity = hashlib.sha256(f"{self._run.path.resolve()}".encode()).hexdigest()[:8]
         settings: Any = OmegaConf.to_container(OmegaConf.create(to_yaml(self._config)))
@@ -185,9 +193,12 @@ class Metrics:
         self._open.clear()
 
 
-def _logged_in() -> bool:
+def wandb_key() -> bool:
+    """Whether there is a W&B key, in the environment or in ~/.netrc."""
     import netrc
 
+    if os.environ.get("WANDB_API_KEY"):
+        return True
     try:
         return netrc.netrc().authenticators("api.wandb.ai") is not None
     except (FileNotFoundError, netrc.NetrcParseError):

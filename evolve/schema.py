@@ -18,6 +18,15 @@ class ValueKind(Enum):
     """At the PPM's score of its prefix (rStar-Math rounds 3-4)."""
 
 
+class Rule(Enum):
+    """How a rollout chooses among siblings."""
+
+    uct = "uct"
+    """Mean value and how seldom a step was tried (rStar-Math)."""
+    puct = "puct"
+    """The same, weighted by how likely the policy finds the step (AlphaZero, OpenR)."""
+
+
 class Generator(Enum):
     """Which policy grows a round's trees."""
 
@@ -100,7 +109,7 @@ class ToyConfig:
     """The tiny world; used where `problems.path` or `policy.model` is `toy`."""
 
     difficulties: list[int] = field(default_factory=lambda: [1, 1, 2, 2, 2, 3, 3, 4, 5])
-    """Numbers of events of the problems (beside the opening sentence), drawn from evenly."""
+    """Numbers of events of the problems (beside the opening sentence), each entry as often as another."""
     operations: int = 12
     """How many kinds of event there are, simplest first (4 to 12)."""
     demonstrations: int = 2500
@@ -109,8 +118,8 @@ class ToyConfig:
     tokens_per_step: int = 1024
     hidden_size: int = 128
     layers: int = 3
-    threads: int = 1
-    """Torch threads of the pre-training."""
+    workers: int = 2
+    """Processes that share the pre-training."""
 
 
 @dataclass
@@ -176,6 +185,12 @@ class SearchConfig:
     """Trees that one shard grows at once."""
     concurrent_rollouts: int = 1
     """Rollouts of one tree in flight at once; above 1 a virtual loss keeps them apart."""
+    tail_rollouts: int = 1
+    """As `concurrent_rollouts`, for the last trees of a round, while a shard gets no further ones."""
+    rule: Rule = Rule.uct
+    settled: int | None = None
+    """Stop a tree, and give its problem no further one, once so many distinct correct and so many distinct wrong
+    solutions are known; null: never."""
 
 
 @dataclass
@@ -190,6 +205,8 @@ class RoundConfig:
     trees: int | None = None
     retry_trees: int | None = None
     escalation: list[int] | None = None
+    rule: Rule | None = None
+    settled: int | None = None
 
 
 @dataclass
@@ -204,7 +221,7 @@ class VerifierConfig:
     """Data memory of one interpreter."""
     output_bytes: int = 16384
     """What a step may print; the rest is cut and flagged."""
-    snapshot_mb: int = 2048
+    snapshot_mb: int = 512
     """Live interpreter snapshots of one supervisor, together."""
     grade_timeout_s: float = 5.0
     queue: int = 1024
@@ -257,6 +274,8 @@ class PPMConfig(TrainConfig):
     form: ScoreForm = ScoreForm.head
     beta: float = 1.0
     """Scale of the score difference inside the loss."""
+    anchor: float = 0.0
+    """Weight of the anchor to the policy that a `logprob` PPM starts from."""
     positives: int = 2
     """Best siblings taken of a node."""
     negatives: int = 2
@@ -301,6 +320,11 @@ class ClusterConfig:
     """CPUs of one shard's verifier."""
     placement_timeout_s: float = 600.0
     stage_timeout_s: float = 86400.0
+    restarts: int = 3
+    """Deaths of one actor within `restart_window_s` that are mended; one more stops the run."""
+    restart_window_s: float = 3600.0
+    silence_s: float = 300.0
+    """An actor that has not answered for so long is killed and started again."""
     keep_engines: bool | None = None
     """Keep engines up while training; null: on CPUs only."""
 

@@ -9,14 +9,16 @@ from __future__ import annotations
 
 import asyncio
 import itertools
+import os
 import time
 import uuid
 from collections.abc import Callable, Coroutine, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import ray
-from ray.exceptions import RayActorError
+from ray.exceptions import RayActorError, RayTaskError
 
 from evolve.errors import EvolveError
 from evolve.types import Candidate, Outcome, Problem, Sampling, ScoreRequest, Verdict
@@ -25,10 +27,32 @@ COLLECT_WAIT_S = 10.0
 """How long a `collect` waits at the actor before it returns empty-handed."""
 GATHER_S = 0.001
 """How long an answer waits for others to travel with."""
+RETRY_S = 0.5
+"""Between two attempts to reach an actor that has died."""
 
 
 class ServiceError(EvolveError):
     """An actor did not answer in time, or died more often than it may be restarted."""
+
+
+@dataclass(frozen=True, slots=True)
+class Pulse:
+    """A sign of life of an actor's process."""
+
+    serving: str | None
+    """Digest of the checkpoint it serves, "" without one; None: its service is not started."""
+    pid: int
+    log: str
+    """The file its standard error goes to, on its own node; empty when it is no file."""
+    node: str
+    """Ray's id of that node."""
+
+
+def pulse_of_this_process(serving: str | None) -> Pulse:
+    """A sign of life of the actor that calls this."""
+    errors = Path("/proc/self/fd/2")
+    log = str(errors.readlink()) if errors.is_symlink() else ""
+    return Pulse(serving, os.getpid(), log, ray.get_runtime_context().get_node_id())
 
 
 class ServiceHost:
@@ -60,6 +84,17 @@ class ServiceHost:
                 self._service = service
             if expects is not None and self._service.digest != expects[1]:
                 await self._service.reload(*expects)
+
+    async def pulse(self) -> Pulse:
+        """A sign of life, while the service starts too.
+
+        A service that has a `health` method is asked: an engine whose core is dead ends its actor there.
+        """
+        service = self._service
+        if service is not None and hasattr(service, "health"):
+            await service.health()
+        serving = None if service is None else str(getattr(service, "digest", ""))
+        return pulse_of_this_process(serving)
 
     async def call(self, method: str, *args: Any) -> Any:
         """One call, not coalesced."""
@@ -112,26 +147,33 @@ class _Call:
     method: str
     args: tuple[Any, ...]
     future: asyncio.Future[Any]
-    started: float
+    taken: float | None = None
+    """When the actor took it; None: not yet, or by an actor that has died."""
 
 
 @dataclass(slots=True)
 class ServiceClient:
     """One client of a `ServiceHost` actor; belongs to one event loop.
 
-    When the actor dies, Ray restarts it within its limits and the calls it held are sent again.
+    When the actor dies and is started again, the calls it held are sent again. Who may die how often is decided by
+    who watches the actors (`evolve.watch`); the client is only patient.
     """
 
     handle: Any
     name: str
     timeout_s: float
-    resends: int = 3
+    """For one answer, from when the actor took the call."""
+    start_timeout_s: float = 7200.0
+    """For an actor that is not ready, or gone, to be there again. Whoever watches the actors knows better what a start
+    may take, and is stricter."""
     expects: tuple[str, str] | None = None
     """(path, digest) of the checkpoint that every call must be answered by."""
     _id: str = field(default_factory=lambda: uuid.uuid4().hex)
     _numbers: Any = field(default_factory=itertools.count)
     _calls: dict[int, _Call] = field(default_factory=dict)
     _outbox: list[int] = field(default_factory=list)
+    _lost: set[int] = field(default_factory=set)
+    """Calls that an actor which has died did not answer."""
     _tasks: set[asyncio.Task[None]] = field(default_factory=set)
     _collecting: bool = False
 
@@ -143,7 +185,7 @@ class ServiceClient:
         """
         loop = asyncio.get_running_loop()
         number = next(self._numbers)
-        call = _Call(method, args, loop.create_future(), time.monotonic())
+        call = _Call(method, args, loop.create_future())
         self._calls[number] = call
         if not self._outbox:
             loop.call_soon(self._flush)
@@ -163,28 +205,36 @@ class ServiceClient:
         self._spawn(self._submit(numbers))
 
     async def _submit(self, numbers: list[int]) -> None:
-        calls = [(n, self._calls[n].method, self._calls[n].args) for n in numbers if n in self._calls]
         try:
-            await self.handle.submit.remote(self._id, calls, self.expects)
+            await self._send(numbers)
         except RayActorError:
-            return  # the collector notices too, and sends what is unanswered again
+            self._lost.update(numbers)  # the collector sends them again
         except Exception as error:
             for number in numbers:
                 self._settle(number, False, error)
 
+    async def _send(self, numbers: Sequence[int]) -> None:
+        """Return once the actor has taken the calls, which it does when its service is ready."""
+        calls = [(n, self._calls[n].method, self._calls[n].args) for n in numbers if n in self._calls]
+        try:
+            async with asyncio.timeout(self.start_timeout_s):
+                await self.handle.submit.remote(self._id, calls, self.expects)
+        except TimeoutError as error:
+            raise ServiceError(f"{self.name} was not ready within {self.start_timeout_s:.0f} s") from error
+        now = time.monotonic()
+        for number, _, _ in calls:
+            if number in self._calls:
+                self._calls[number].taken = now
+
     async def _collect(self) -> None:
-        deaths = 0
         try:
             while self._calls:
                 try:
+                    if self._lost:
+                        await self._send_again()
                     answers = await self.handle.collect.remote(self._id)
-                except RayActorError as error:
-                    deaths += 1
-                    if deaths > self.resends:
-                        self._fail(ServiceError(f"{self.name} died {deaths} times; the last time: {error}"))
-                        return
-                    await asyncio.sleep(1.0)
-                    self._spawn(self._submit(list(self._calls)))
+                except RayActorError:
+                    self._lost.update(self._calls)
                     continue
                 for number, succeeded, value in answers:
                     self._settle(number, succeeded, value)
@@ -194,8 +244,32 @@ class ServiceClient:
         finally:
             self._collecting = False
 
+    async def _send_again(self) -> None:
+        """Send what a dead actor held to the one that is started in its place.
+
+        Raises:
+            ServiceError: none was there in time.
+        """
+        deadline = time.monotonic() + self.start_timeout_s
+        for number in self._lost & self._calls.keys():
+            self._calls[number].taken = None
+        while True:
+            numbers = sorted(self._lost & self._calls.keys())
+            try:
+                await self._send(numbers)
+            except RayActorError as error:
+                if time.monotonic() > deadline:
+                    raise ServiceError(
+                        f"{self.name} died and was not back within {self.start_timeout_s:.0f} s: {error}"
+                    ) from error
+                await asyncio.sleep(RETRY_S)
+            else:
+                self._lost.difference_update(numbers)
+                return
+
     def _settle(self, number: int, succeeded: bool, value: Any) -> None:
         call = self._calls.pop(number, None)
+        self._lost.discard(number)
         if call is None or call.future.done():
             return
         if succeeded:
@@ -205,7 +279,7 @@ class ServiceClient:
 
     def _expire(self) -> None:
         now = time.monotonic()
-        late = [(n, c) for n, c in self._calls.items() if now - c.started > self.timeout_s]
+        late = [(n, c) for n, c in self._calls.items() if c.taken is not None and now - c.taken > self.timeout_s]
         for number, call in late:
             message = f"{self.name} has not answered `{call.method}` for {self.timeout_s:.0f} s"
             self._settle(number, False, ServiceError(message))
@@ -267,13 +341,39 @@ class RemoteVerifier:
         return await self.client.call("stats")
 
 
+@dataclass(slots=True)
+class Question:
+    """One call to an actor, asked again and again and never waited for."""
+
+    ask: Callable[[], Any]
+    every_s: float
+    _asked: float = float("-inf")
+    _reference: Any = None
+
+    def poll(self, now: float) -> Any | None:
+        """The answer, once, when there is one; asks again when it is time. Raises what the call raised."""
+        if self._reference is None:
+            if now - self._asked < self.every_s:
+                return None
+            self._reference, self._asked = self.ask(), now
+        if not ray.wait([self._reference], timeout=0)[0]:
+            return None
+        reference, self._reference = self._reference, None
+        return ray.get(reference)
+
+
 def get(refs: Any, timeout_s: float, what: str) -> Any:
     """`ray.get` with a deadline and a name.
 
     Raises:
         ServiceError: `what` did not come within `timeout_s` seconds.
+        EvolveError: as the other side raised it, without Ray's traceback.
     """
     try:
         return ray.get(refs, timeout=timeout_s)
     except ray.exceptions.GetTimeoutError as error:
         raise ServiceError(f"waited {timeout_s:.0f} s in vain for {what}") from error
+    except RayTaskError as error:
+        if isinstance(error.cause, EvolveError):
+            raise error.cause from None
+        raise

@@ -18,6 +18,8 @@ def rows_of(path: str, problems: ProblemsConfig) -> Iterator[Row | str]:
     local = Path(path).expanduser()
     if local.is_dir():
         yield from _directory(local, problems)
+    elif local.suffix in (".jsonl", ".parquet") and not local.is_file():
+        yield f"{path}: no such file; set problems.path (or problems.test_path) to an existing one"
     elif local.suffix == ".jsonl":
         yield from _json_lines(local)
     elif local.suffix == ".parquet":
@@ -29,9 +31,6 @@ def rows_of(path: str, problems: ProblemsConfig) -> Iterator[Row | str]:
 
 
 def _json_lines(path: Path) -> Iterator[Row | str]:
-    if not path.is_file():
-        yield f"{path}: no such file; set problems.path (or problems.test_path) to an existing one"
-        return
     with path.open("rb") as lines:
         for number, line in enumerate(lines):
             where = f"{path.name}:{number + 1}"

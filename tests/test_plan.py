@@ -7,8 +7,10 @@ import sys
 
 import pytest
 
-from evolve.config import ConfigError, load
-from evolve.estimate import Node, Resources, expansions, local_resources, plan
+from evolve.attach import UnreachableError
+from evolve.config import load
+from evolve.estimate import expansions, plan
+from evolve.placement import Node, Resources, local_resources
 from evolve.plan import WIDTH, render, show_plan
 from evolve.schema import ToyConfig
 from evolve.sizes import model_size
@@ -130,7 +132,8 @@ def test_rendered_plan_shows_the_arithmetic():
 def test_plan_loads_no_engine_and_no_trainer():
     code = (
         "import sys\n"
-        "from evolve.config import ConfigError, load\nfrom evolve.estimate import local_resources, plan\n"
+        "from evolve.config import load\nfrom evolve.estimate import plan\n"
+        "from evolve.placement import local_resources\n"
         "from evolve.plan import render\n"
         "render(plan(load(['conf=rstar_math']), local_resources()))\n"
         "sys.exit(' '.join({'torch', 'ray', 'vllm', 'transformers', 'datasets'} & set(sys.modules)) or None)"
@@ -141,7 +144,7 @@ def test_plan_loads_no_engine_and_no_trainer():
 
 def test_cluster_that_does_not_answer_is_an_error_at_once(monkeypatch):
     monkeypatch.setenv("RAY_ADDRESS", "127.0.0.1:1")
-    with pytest.raises(ConfigError, match=r"address 127\.0\.0\.1:1: .*no Ray cluster answers"):
+    with pytest.raises(UnreachableError, match=r"no Ray cluster answers at 127\.0\.0\.1:1 \(.*refused"):
         show_plan(load([]))
 
 

@@ -99,3 +99,45 @@ def test_a_restarted_engine_serves_the_checkpoint_it_is_asked_for(tmp_path: Path
         return [before, await client.call("serving", 0)]
 
     assert asyncio.run(run()) == ["second", "second"]
+
+
+def test_a_pulse_says_which_checkpoint_is_served_and_is_felt_before_the_service_has_started() -> None:
+    import ray
+
+    actor = host()
+    before = ray.get(actor.pulse.remote(), timeout=120)
+    assert before.serving is None
+    ray.get(actor.start.remote(("/checkpoint", "second")), timeout=120)
+    after = ray.get(actor.pulse.remote(), timeout=120)
+    assert (after.serving, after.pid) == ("second", before.pid)
+    assert Path(after.log).is_file()
+
+
+def test_an_actor_that_is_not_back_in_time_is_an_error_that_names_it() -> None:
+    import ray
+
+    async def run() -> None:
+        actor = host()
+        client = ServiceClient(actor, "the lost one", 60)
+        await client.call("echo", 1)
+        client.start_timeout_s = 3
+        ray.kill(actor)
+        await client.call("echo", 2)
+
+    with pytest.raises(ServiceError, match="the lost one died and was not back within 3 s"):
+        asyncio.run(run())
+
+
+def test_an_error_of_the_other_side_that_is_for_the_user_comes_without_rays_traceback() -> None:
+    import ray
+
+    from evolve.files import StorageError
+    from evolve.service import get
+
+    @ray.remote(num_cpus=0)
+    def fail() -> None:
+        raise StorageError("the disk is full")
+
+    with pytest.raises(StorageError) as caught:
+        get(fail.remote(), 120, "a task")
+    assert str(caught.value) == "the disk is full"

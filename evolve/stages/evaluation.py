@@ -3,19 +3,26 @@
 from __future__ import annotations
 
 import time
+from collections import deque
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError, RayTaskError
 
 from evolve import report
-from evolve.evaluate import EvalJob, record_from, table
-from evolve.progress import duration
-from evolve.service import ServiceError, get
+from evolve.evaluate import EvalJob, Record, record_from, table
+from evolve.files import publish_json
+from evolve.fleet import Checkpoint, Fleet
+from evolve.progress import ProgressLine, duration
+from evolve.schema import EvolveConfig
+from evolve.service import Question, ServiceError, get
 from evolve.stages.run import Run
-from evolve.store.files import publish_json
+from evolve.types import Problem
 
-POLL_S = 1.0
+POLL_S = 0.25
+PROGRESS_S = 2.0
 
 
 def evaluate(run: Run, k: int) -> None:
@@ -23,10 +30,77 @@ def evaluate(run: Run, k: int) -> None:
     directory = run.directory.round(k)
     if directory.finished("evaluation") is not None:
         return
-    config, started = run.config, time.monotonic()
-    policy, ppm = run.policy(k), run.ppm(k)
-    run.fleet.load(policy, ppm)
-    job = EvalJob(
+    started = time.monotonic()
+    policy = run.policy(k)
+    records = measure(run.config, run.fleet, k, policy, run.ppm(k), run.problems.test, run.line, lambda: run.tell([]))
+    rows = [asdict(row) for row in table(records, run.config.evaluate.bootstrap_resamples)]
+    directory.eval.mkdir(parents=True, exist_ok=True)
+    publish_json(directory.eval / "records.json", [asdict(record) for record in records])
+    seconds = time.monotonic() - started
+    skipped = sum(record.skipped for record in records)
+    directory.record("evaluation", rows=rows, problems=len(records), skipped=skipped, seconds=seconds)
+    run.line.end(f"{_name(k)}: evaluated in {duration(seconds)}")
+    values: dict[str, Any] = {f"evaluation/{row['method']}": row["accuracy"]["value"] for row in rows}
+    run.metrics.log(k, values | {"evaluation/seconds": seconds}, policy_digest=policy.digest)
+
+
+def measure(
+    config: EvolveConfig,
+    fleet: Fleet,
+    k: int,
+    policy: Checkpoint,
+    ppm: Checkpoint | None,
+    problems: Sequence[Problem],
+    line: ProgressLine,
+    tell: Callable[[], None] = lambda: None,
+) -> list[Record]:
+    """One record a problem, in their order, from all shards of a fleet, which is made to serve the checkpoints.
+
+    What a dead evaluator held is evaluated again. `tell` is called about once a second while this waits.
+
+    Raises:
+        ServiceError: not done within `cluster.stage_timeout_s`.
+    """
+    deadline = time.monotonic() + config.cluster.stage_timeout_s
+    fleet.load(policy, ppm)
+    job = _job(config, k, policy, ppm, problems)
+    waiting: deque[Sequence[Problem]] = deque(problems[i :: len(fleet.groups)] for i in range(len(fleet.groups)))
+    working: dict[Any, tuple[Any, Sequence[Problem]]] = {}
+    progress: dict[Any, tuple[Question, int]] = {}
+    rows: dict[str, dict[str, Any]] = {}
+    while waiting or working:
+        fleet.poll()
+        tell()
+        for ref in ray.wait(list(working), num_returns=len(working), timeout=0)[0] if working else []:
+            evaluator, share = working.pop(ref)
+            progress.pop(evaluator, None)
+            try:
+                rows |= {row["problem_id"]: row for row in get(ref, 60, "an evaluator's records")}
+            except RayTaskError:
+                raise
+            except RayActorError:
+                waiting.append(share)
+        busy = [evaluator for evaluator, _ in working.values()]
+        for group in fleet.groups:
+            if waiting and group.evaluator not in busy:
+                share = waiting.popleft()
+                working[group.evaluator.evaluate.remote(share, job)] = (group.evaluator, share)
+                progress[group.evaluator] = (Question(group.evaluator.done.remote, PROGRESS_S), 0)
+        line.show(f"{_name(k)}: evaluating, {len(rows) + _heard(progress)}/{len(problems)} problems")
+        if time.monotonic() > deadline:
+            raise ServiceError(f"{_name(k)}: evaluation is not done after cluster.stage_timeout_s")
+        time.sleep(POLL_S)
+    return [record_from(rows[problem.id]) for problem in problems]
+
+
+def _name(k: int) -> str:
+    return "base model" if k == 0 else f"round {k}"
+
+
+def _job(
+    config: EvolveConfig, k: int, policy: Checkpoint, ppm: Checkpoint | None, problems: Sequence[Problem]
+) -> EvalJob:
+    return EvalJob(
         round=k,
         run_seed=config.run.seed,
         format=config.policy.format,
@@ -39,36 +113,22 @@ def evaluate(run: Run, k: int) -> None:
         concurrent=config.search.concurrent_trees,
         policy=(policy.path, policy.digest),
         ppm=(ppm.path, ppm.digest) if ppm else None,
-        searched=frozenset(p.id for p in run.problems.test[: config.evaluate.search_problems]),
+        searched=frozenset(p.id for p in problems[: config.evaluate.search_problems]),
         beam_width=config.evaluate.beam_width,
         beam_candidates=config.evaluate.beam_candidates,
         search_rollouts=config.evaluate.search_rollouts,
         search_candidates=config.evaluate.search_candidates,
     )
-    records = [record_from(row) for row in _collect_records(run, k, job, started)]
-    rows = [asdict(row) for row in table(records, config.evaluate.bootstrap_resamples)]
-    directory.eval.mkdir(parents=True, exist_ok=True)
-    publish_json(directory.eval / "records.json", [asdict(record) for record in records])
-    seconds = time.monotonic() - started
-    skipped = sum(record.skipped for record in records)
-    directory.record("evaluation", rows=rows, problems=len(records), skipped=skipped, seconds=seconds)
-    run.line.end(f"{'base model' if k == 0 else f'round {k}'}: evaluated in {duration(seconds)}")
-    values: dict[str, Any] = {f"evaluation/{row['method']}": row["accuracy"]["value"] for row in rows}
-    run.metrics.log(k, values | {"evaluation/seconds": seconds}, policy_digest=policy.digest)
 
 
-def _collect_records(run: Run, k: int, job: EvalJob, started: float) -> list[dict[str, Any]]:
-    groups, problems = run.fleet.groups, run.problems.test
-    pending = [g.evaluator.evaluate.remote(problems[i :: len(groups)], job) for i, g in enumerate(groups)]
-    refs, deadline = list(pending), started + run.config.cluster.stage_timeout_s
-    while pending:
-        _, pending = ray.wait(pending, num_returns=len(pending), timeout=POLL_S)
-        done = sum(get([g.evaluator.done.remote() for g in groups], 60, "the evaluators' progress"))
-        name = "base model" if k == 0 else f"round {k}"
-        run.line.show(f"{name}: evaluating, {done}/{len(problems)} problems")
-        if time.monotonic() > deadline:
-            raise ServiceError(f"round {k}: evaluation is not done after cluster.stage_timeout_s")
-    return [row for rows in get(refs, 60, "the evaluators' records") for row in rows]
+def _heard(progress: dict[Any, tuple[Question, int]]) -> int:
+    """Problems that evaluators at work have finished, as far as they have said."""
+    for evaluator, (question, known) in list(progress.items()):
+        try:
+            progress[evaluator] = (question, question.poll(time.monotonic()) or known)
+        except RayActorError:
+            del progress[evaluator]
+    return sum(known for _, known in progress.values())
 
 
 def show(run: Run, k: int) -> None:

@@ -8,17 +8,17 @@ from pathlib import Path
 from typing import Any
 
 from evolve.config import resolve_round
+from evolve.files import file_digest
 from evolve.learn import rows
-from evolve.learn.extract import Retokenise, begin_extraction
+from evolve.learn.extract import Retokenise, RowsFiles, extract
 from evolve.learn.jobs import TrainJob
 from evolve.policy.checkpoint import digest
 from evolve.problems import for_round
 from evolve.progress import duration
 from evolve.schema import Generator, PPMConfig, SFTConfig
-from evolve.service import get
 from evolve.stages.run import Run
 from evolve.stages.search import few_shot
-from evolve.store.run import RunError
+from evolve.store.run import RoundDirectory, RunError
 from evolve.types import Trajectory
 
 
@@ -29,7 +29,7 @@ def extract_rows(run: Run, k: int) -> None:
         RunError: there is nothing to learn from.
     """
     directory = run.directory.round(k)
-    if directory.finished("rows") is not None:
+    if directory.finished("rows") is not None and not _changed_rows(directory):
         return
     config, plan = run.config, resolve_round(run.config, k)
     problems = for_round(run.problems, k)
@@ -42,16 +42,18 @@ def extract_rows(run: Run, k: int) -> None:
             questions={problem.id: problem.question for problem in problems},
             same_tokenizer=config.policy.bootstrap.model is None,
         )
-    reference = begin_extraction(
-        [directory.trees / name for name in search["parts"]],
-        directory.sft / "rows.parquet",
-        directory.ppm / "rows.parquet",
-        config.sft,
-        config.ppm,
-        frozenset(problem.id for problem in problems if problem.synthetic),
-        retokenise,
+    counts = extract(
+        parts=[directory.trees / name for name in search["parts"]],
+        problems=[problem.id for problem in problems],
+        synthetic=frozenset(problem.id for problem in problems if problem.synthetic),
+        rows_files=RowsFiles(
+            directory.sft / "rows.parquet", directory.ppm / "rows.parquet", directory.path / "rows.partial"
+        ),
+        sft=config.sft,
+        ppm=config.ppm,
+        retokenise=retokenise,
+        timeout_s=config.cluster.stage_timeout_s,
     )
-    counts = get(reference, config.cluster.stage_timeout_s, "the extraction of training rows")
     if not counts["sft"]["kept"]:
         raise RunError(
             f"round {k}: {search['problems']} problems were searched and none has a correct trajectory, so there is "
@@ -64,7 +66,15 @@ def extract_rows(run: Run, k: int) -> None:
             f"round {k}: no node has both a better and a worse candidate, so the PPM has no pair to learn from. Use "
             f"more search.rollouts or search.candidates, a higher search.exploration, or a higher ppm.negative_q."
         )
-    directory.record("rows", **counts)
+    files = {name: file_digest(directory.path / name) for name in ("sft/rows.parquet", "ppm/rows.parquet")}
+    directory.record("rows", **counts, files=files)
+
+
+def _changed_rows(directory: RoundDirectory) -> list[Path]:
+    """Row files of a round that are not what its manifest says; they are extracted anew from the round's trees."""
+    files = (directory.finished("rows") or {}).get("files", {})
+    paths = {directory.path / name: digest for name, digest in files.items()}
+    return [path for path, digest in paths.items() if not path.exists() or file_digest(path) != digest]
 
 
 def train(run: Run, k: int) -> None:
@@ -107,6 +117,12 @@ def _row_files(run: Run, k: int, stage: str) -> list[Path]:
     """This round's rows, or those of all rounds so far, and the replay rows of the tiny world."""
     config = run.config.sft if stage == "sft" else run.config.ppm
     first = 1 if config.pooled else k
+    for j in range(first, k + 1):
+        if changed := _changed_rows(run.directory.round(j)):
+            raise RunError(
+                f"{changed[0]} is missing or not what round {j}'s manifest says. Run with round={j} once: it is "
+                f"extracted again from the round's trees, and nothing else of that round is done again."
+            )
     files = [run.directory.round(j).path / stage / "rows.parquet" for j in range(first, k + 1)]
     if stage == "sft" and run.config.sft.replay:
         files.append(_replay_file(run))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import os
+import shlex
 import signal
 import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -14,16 +16,20 @@ import ray
 from rich.console import Console
 
 from evolve import cluster, report
-from evolve.cluster import Checkpoint, Fleet
 from evolve.config import differences, read, to_yaml
+from evolve.errors import EvolveError
+from evolve.files import publish_file, remove_asides
+from evolve.fleet import Checkpoint, Engines, Fleet
 from evolve.learn.jobs import Workers
 from evolve.learn.trainer import TrainerGroup
-from evolve.policy.checkpoint import digest, resolve
+from evolve.policy.checkpoint import DigestMismatch, digest, resolve, verify
 from evolve.problems import ProblemSet, load_problems
 from evolve.progress import ProgressLine, duration
 from evolve.schema import EvolveConfig
-from evolve.store.files import publish_file
-from evolve.store.run import Lock, RoundDirectory, RunDirectory, RunError
+from evolve.stages.changes import affected
+from evolve.store.lock import Lock
+from evolve.store.parts import PATTERN
+from evolve.store.run import RoundDirectory, RunDirectory, RunError
 
 
 @dataclass(slots=True)
@@ -42,29 +48,56 @@ class Run:
 
     def policy(self, round_: int) -> Checkpoint:
         """The policy trained in a round; the base model for round 0."""
-        return self.base if round_ == 0 else _checkpoint(self.directory.round(round_), "sft")
+        return self.base if round_ == 0 else checkpoint(self.directory.round(round_), "sft")
 
     def ppm(self, round_: int) -> Checkpoint | None:
         """The PPM trained in a round; None for round 0."""
-        return None if round_ == 0 else _checkpoint(self.directory.round(round_), "ppm")
+        return None if round_ == 0 else checkpoint(self.directory.round(round_), "ppm")
+
+    def tell(self, notes: list[str]) -> None:
+        """Show, once, what was mended: `notes`, and what happened to actors and nodes."""
+        watch = self.fleet.watch
+        said = [*notes, *self.fleet.events]
+        said += [f"{name} is back after {seconds:.1f} s ({why})" for name, why, seconds in watch.recoveries]
+        for text in said:
+            self.line.end(text)
+        notes.clear()
+        self.fleet.events.clear()
+        watch.recoveries.clear()
 
 
-def _checkpoint(directory: RoundDirectory, stage: str) -> Checkpoint:
+def checkpoint(directory: RoundDirectory, stage: str) -> Checkpoint:
+    """What a finished `stage` (`sft` or `ppm`) of a round has published.
+
+    Raises:
+        RunError: that stage is not finished.
+    """
     entry = directory.finished(stage)
     if entry is None:
         raise RunError(
             f"round {directory.number} has no finished {stage} checkpoint in {directory.path}; run that round first: "
             f"python -m evolve.driver ... round={directory.number}"
         )
-    return Checkpoint(str(directory.path / stage / "checkpoint"), entry["digest"])
+    path = directory.path / stage / "checkpoint"
+    try:
+        verify(path, entry["digest"])
+    except (DigestMismatch, FileNotFoundError) as error:
+        raise RunError(
+            f"{error}\nRestore {path} from a backup. Without one, delete it and {directory.path / 'manifest.json'}, "
+            f"and run with round={directory.number}: the round's trees are taken over, the rest of it is made anew. "
+            f"Later rounds were made with the lost checkpoint; delete them too if they must follow from the new one."
+        ) from error
+    return Checkpoint(str(path), entry["digest"])
 
 
 @contextmanager
-def open_run(config: EvolveConfig) -> Iterator[Run]:
+def open_run(config: EvolveConfig, engines: Engines = Engines()) -> Iterator[Run]:  # noqa: B008 (frozen)
     """Check everything that can be checked, lock the run directory, then start Ray and yield the run.
 
+    `engines`: what serves as policy and PPM.
+
     Raises:
-        RunError, ProblemsError: before anything is started.
+        RunError, ProblemsError: before anything is started; a RunError also later, with what is safe and how to go on.
     """
     console, line = Console(width=None if sys.stdout.isatty() else 120), ProgressLine()
     directory = RunDirectory(Path(config.run.dir, config.run.name).absolute())
@@ -72,33 +105,63 @@ def open_run(config: EvolveConfig) -> Iterator[Run]:
     for note in problems.notes:
         console.print(f"note: {note}")
     _check_order(config, directory)
-    lock = Lock(directory)
-    lock.acquire()
-    try:
+    with ExitStack() as ending:
+        lock = Lock(directory)
+        lock.acquire()
+        ending.callback(lock.release)
+        remove_asides(directory.path)
         _check_same_configuration(config, directory)
         device = cluster.connect(config.cluster)
-        for number in (signal.SIGINT, signal.SIGTERM):  # after Ray, which sets a handler of its own
-            signal.signal(number, _stop)
-        base = _base_model(config, directory, line)
-        fleet = Fleet(config, device)
-        trainers = TrainerGroup(_workers(config, device), directory.path / "trainer")
         if device == "cpu":
-            trainers.start()  # beside the search; on GPUs the engines must go first
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, once imported here, warns of it
+        publish_file(directory.config, lambda aside: aside.write_text(to_yaml(config)))
+        for number in _SIGNALS:  # after Ray, which sets a handler of its own
+            signal.signal(number, _stop)
+        trainers = TrainerGroup(
+            _workers(config, device), directory.path / "trainer", max_failures=config.cluster.restarts
+        )
+        ending.callback(trainers.close)
+        if device == "cpu":
+            trainers.start()  # its imports run beside what comes before; on GPUs the engines must go first
+        base = _base_model(config, directory, line)
+        fleet = Fleet(config, device, engines)
+        ending.callback(fleet.stop)
         metrics = report.Metrics(directory, config)
+        ending.callback(metrics.close)
         try:
             yield Run(config, directory, problems, base, fleet, trainers, metrics, line, console)
-        finally:
-            metrics.close()
-            trainers.close()
-            fleet.stop()
-    finally:
-        lock.release()
+        except RunError:
+            raise
+        except EvolveError as error:
+            line.end("stopped")
+            raise RunError(f"{error}\n{_safe(directory)}") from error
+
+
+_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
 def _stop(number: int, frame: object) -> None:
-    """End in good order on the first signal; a second one ends at once."""
-    signal.signal(number, signal.SIG_DFL)
+    """End in good order on the first signal; a second one, of either kind, ends at once."""
+    for each in _SIGNALS:
+        signal.signal(each, _stop_at_once)
+    print("\nstopping: finished trees are made durable; once more to stop at once", file=sys.stderr)
     raise KeyboardInterrupt
+
+
+def _stop_at_once(number: int, frame: object) -> None:
+    """Leave everything as it is: what has its final name is whole, and Ray ends what this process started."""
+    os._exit(128 + number)
+
+
+def _safe(directory: RunDirectory) -> str:
+    """What a stopped run keeps, and how to go on."""
+    lines = [f"Safe in {directory.path}:"]
+    for path in sorted(directory.path.glob("round-*"), key=lambda path: int(path.name.partition("-")[2])):
+        finished = ", ".join(RoundDirectory(path, 0).manifest()) or "nothing finished yet"
+        parts = len(list((path / "trees").glob(PATTERN)))
+        lines.append(f"  {path.name}: {finished}" + (f"; {parts} files of whole trees" if parts else ""))
+    lines.append(f"To go on: python -m evolve.driver {shlex.join(sys.argv[1:])}".rstrip())
+    return "\n".join(lines)
 
 
 def rounds_to_do(run: Run) -> list[int]:
@@ -113,20 +176,25 @@ def _check_order(config: EvolveConfig, directory: RunDirectory) -> None:
     """Round k needs the artefacts of round k - 1."""
     for earlier in range(1, config.round or 1):
         for stage in ("sft", "ppm"):
-            _checkpoint(directory.round(earlier), stage)
+            checkpoint(directory.round(earlier), stage)
 
 
 def _check_same_configuration(config: EvolveConfig, directory: RunDirectory) -> None:
-    """Save the resolved configuration, or compare it with the one the run was started with."""
+    """Compare the resolved configuration with the one the run was started with."""
     if directory.config.exists():
         changed = differences(read(directory.config), config)
         if changed and not config.run.allow_changes:
-            keys = "\n".join(f"  {key}: {old!r} -> {new!r}" for key, old, new in changed)
+            finished = {k: directory.round(k).manifest() for k in range(len(config.rounds) + 1)}
+            keys = [f"  {key}: {old!r} -> {new!r}\n{_would_change(key, finished)}" for key, old, new in changed]
             raise RunError(
-                f"{directory.path} was started under another configuration:\n{keys}\n"
+                f"{directory.path} was started under another configuration:\n" + "\n".join(keys) + "\n"
                 "Use another run.name, or run.allow_changes=true to continue: what is finished stays as it is."
             )
-    publish_file(directory.config, lambda aside: aside.write_text(to_yaml(config)))
+
+
+def _would_change(key: str, finished: Mapping[int, Iterable[str]]) -> str:
+    found = affected(key, finished)
+    return f"    would have changed {'; '.join(found) if found else 'nothing that is finished'}"
 
 
 def _base_model(config: EvolveConfig, directory: RunDirectory, line: ProgressLine) -> Checkpoint:
@@ -144,7 +212,7 @@ def _base_model(config: EvolveConfig, directory: RunDirectory, line: ProgressLin
             line.show(f"base model: pre-training step {step}/{steps}, loss {loss:.3f}")
 
         line.show("base model: making the tiny world's tokenizer and demonstrations", force=True)
-        metrics = seed_model.build(config.toy, config.run.seed, directory.base, config.toy.threads, progress)
+        metrics = seed_model.build(config.toy, config.run.seed, directory.base, progress)
         seconds = time.monotonic() - started
         seed_round.record("base", digest=digest(directory.base), seconds=seconds, metrics=metrics)
         line.end(f"base model: made in {duration(seconds)}")

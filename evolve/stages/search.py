@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import time
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 import ray
+from ray.exceptions import RayActorError
 
-from evolve.cluster import Checkpoint
 from evolve.config import resolve_round
+from evolve.files import file_digest
+from evolve.fleet import Checkpoint
 from evolve.policy.checkpoint import digest, resolve
 from evolve.policy.formats import format_named
 from evolve.policy.prompts import worked_examples
@@ -21,20 +24,21 @@ from evolve.search.board import Board, Progress, summarise
 from evolve.search.budget import EscalatingBudget
 from evolve.search.shard import SearchJob
 from evolve.service import ServiceError, get
+from evolve.stages.growing import Growing
 from evolve.stages.run import Run
-from evolve.store.files import file_digest
-from evolve.store.run import RoundDirectory
-from evolve.store.trees import part_keys
+from evolve.store.parts import damaged_parts, mended_parts, set_aside
+from evolve.store.run import RoundDirectory, RunError
 from evolve.types import Problem, RoundPlan, Sampling
 
-POLL_S = 1.0
+POLL_S = 0.25
 STATS_S = 5.0
+SANDBOX_S = 120.0
 
 
 def grow_trees(run: Run, k: int) -> None:
     """Grow the trees of round `k` that are not in its part files yet."""
     directory = run.directory.round(k)
-    if directory.finished("search") is not None:
+    if directory.finished("search") is not None and not _reopened(run, directory):
         return
     config, plan = run.config, resolve_round(run.config, k)
     problems = for_round(run.problems, k)
@@ -46,14 +50,18 @@ def grow_trees(run: Run, k: int) -> None:
         policy, engine = Checkpoint(path, digest(path)), config.policy.bootstrap.engine
     ppm = run.ppm(k - 1) if plan.value is ValueKind.ppm else None
     run.fleet.load(policy, ppm, engine)
+    sandboxes = _sandboxes(run, k)
     job = _search_job(run, plan, directory, policy, ppm)
-    board = _board(plan, problems, directory)
-    growing = [group.shard.grow.remote(job, board) for group in run.fleet.groups]
-    progress = _watch(run, k, board, growing, started)
+    growing = Growing(run.fleet, job, lambda: _board(run, plan, problems, directory))
+    try:
+        progress = _watch(run, k, growing, started)
+    finally:
+        growing.close()
     seconds = time.monotonic() - started
-    parts = {path.name: file_digest(path) for path in sorted(directory.trees.glob("part-*.parquet"))}
-    directory.record("search", **asdict(progress), parts=parts, policy=policy.digest, seconds=seconds)
-    ray.kill(board)
+    parts = _parts(directory, progress)
+    directory.record(
+        "search", **asdict(progress), parts=parts, policy=policy.digest, sandboxes=sandboxes, seconds=seconds
+    )
     run.line.end(
         f"round {k}: {progress.trees} trees in {duration(seconds)}, {progress.solved} of {progress.problems} "
         f"problems solved"
@@ -69,6 +77,21 @@ def grow_trees(run: Run, k: int) -> None:
         },
         policy_digest=policy.digest,
     )
+
+
+def _sandboxes(run: Run, k: int) -> list[dict[str, Any]]:
+    """The layers that each shard's sandbox has and lacks; what no earlier round of the run lacked is shown."""
+    refs = [group.verifier.call.remote("describe") for group in run.fleet.groups]
+    try:
+        found = get(refs, SANDBOX_S, "the verifiers to describe their sandboxes")
+    except RayActorError:
+        return []  # it is started again, and described in the next round
+    earlier = [run.directory.round(j).finished("search") or {} for j in range(1, k)]
+    known = {lack for search in earlier for sandbox in search.get("sandboxes", []) for lack in sandbox["missing"]}
+    for lack in dict.fromkeys(lack for sandbox in found for lack in sandbox["missing"]):
+        if lack not in known:
+            run.line.end(f"note: the sandbox lacks a layer: {lack}")
+    return found
 
 
 def _search_job(
@@ -88,6 +111,7 @@ def _search_job(
         max_depth=config.search.max_depth,
         concurrent_trees=config.search.concurrent_trees,
         concurrent_rollouts=config.search.concurrent_rollouts,
+        tail_rollouts=config.search.tail_rollouts,
         trees=directory.trees,
         policy=(policy.path, policy.digest),
         ppm=(ppm.path, ppm.digest) if ppm else None,
@@ -104,50 +128,89 @@ def few_shot(config: EvolveConfig) -> str:
     return worked_examples(format_named(config.policy.format))
 
 
-def _board(plan: RoundPlan, problems: tuple[Problem, ...], directory: RoundDirectory) -> Any:
+def _board(run: Run, plan: RoundPlan, problems: tuple[Problem, ...], directory: RoundDirectory) -> Any:
     """The round's board, knowing the trees that earlier runs made durable."""
     directory.trees.mkdir(parents=True, exist_ok=True)
-    names = sorted(path.name for path in directory.trees.glob("part-*.parquet"))
-    parts = {key: name for name in names for key in part_keys(directory.trees / name)}
-    finished = summarise(directory.trees, names)
-    return (
-        ray.remote(Board)
-        .options(num_cpus=0, max_concurrency=16)
-        .remote(EscalatingBudget(plan), problems, finished, parts, directory.trees)
-    )
+    finished = list(summarise(directory.trees, _part_names(directory)))
+    arguments = (problems, finished, directory.trees, len(run.fleet.groups), _earlier(run, plan, problems))
+    return ray.remote(Board).options(num_cpus=0).remote(EscalatingBudget(plan), *arguments)
 
 
-def _watch(run: Run, k: int, board: Any, growing: list[Any], started: float) -> Progress:
-    """Show progress until every shard is done; fail when one fails."""
+def _part_names(directory: RoundDirectory) -> list[str]:
+    return sorted(path.name for path in directory.trees.glob("part-*.parquet"))
+
+
+def _earlier(run: Run, plan: RoundPlan, problems: tuple[Problem, ...]) -> dict[str, float]:
+    """Tokens a rollout of the problems that the round before had as well: what is known of how long they take."""
+    if plan.round == 1 or run.config.problems.per_round is not None:
+        return {}
+    before, ids = run.directory.round(plan.round - 1), {problem.id for problem in problems}
+    tokens: Counter[str] = Counter()
+    rollouts: Counter[str] = Counter()
+    for summary, _ in summarise(before.trees, _part_names(before)):
+        if summary.problem_id in ids:
+            tokens[summary.problem_id] += summary.sampled_tokens
+            rollouts[summary.problem_id] += summary.rollouts
+    return {problem: tokens[problem] / count for problem, count in rollouts.items() if count}
+
+
+def _reopened(run: Run, directory: RoundDirectory) -> bool:
+    """Whether a finished search must go on, because trees that are still needed were damaged since."""
+    if directory.finished("rows") is not None:
+        return False
+    recorded = (directory.finished("search") or {})["parts"]
+    damaged = damaged_parts(directory.trees, recorded)
+    for name, reason in damaged.items():
+        path = directory.trees / name
+        run.line.end(f"{path}: {reason}; its trees are grown again")
+        if path.exists():
+            set_aside(path, reason)
+    if damaged:
+        directory.forget("search")
+    return bool(damaged)
+
+
+def _parts(directory: RoundDirectory, progress: Progress) -> dict[str, str]:
+    """The digest of every part file, by name.
+
+    Raises:
+        RunError: they do not hold the trees that were counted.
+    """
+    parts = mended_parts(directory.trees)
+    if parts.count != progress.trees:
+        raise RunError(
+            f"round {directory.number}: {progress.trees} trees were counted, and the files in {directory.trees} hold "
+            f"{parts.count}. {' '.join(parts.notes)} Run the same command again: what is missing is grown again."
+        )
+    return {name: file_digest(directory.trees / name) for name in parts.trees}
+
+
+def _watch(run: Run, k: int, growing: Growing, started: float) -> Progress:
+    """Show progress until every tree is durable."""
     deadline = started + run.config.cluster.stage_timeout_s
-    pending, stats_at = list(growing), 0.0
     stats: dict[str, float] = {}
     before: dict[str, float] = {}
-    while True:
-        done, pending = ray.wait(pending, num_returns=len(pending), timeout=POLL_S) if pending else ([], [])
-        for ref in done:
-            get(ref, 60, "a shard's result")
-        progress: Progress = get(board.progress.remote(), 60, "the board's progress")
-        if progress.failure:
-            raise ServiceError(f"round {k}: {progress.failure}")
-        _check_infrastructure(run, progress)
-        if not pending:
-            return progress
+    while not growing.poll():
         now = time.monotonic()
         if now > deadline:
             raise ServiceError(f"round {k}: search is not done after cluster.stage_timeout_s; trees so far are safe")
-        if now - stats_at > STATS_S:
-            before, stats = stats, _fleet_stats(run) | {"at": now}
-            stats_at = now
-        run.line.show(_search_line(k, progress, before, stats, now - started))
+        run.tell(growing.notes)
+        if growing.latest is not None:
+            _check_infrastructure(run, growing.latest)
+            if now - stats.get("at", 0.0) > STATS_S:
+                before, stats = stats, _fleet_stats(growing) | {"at": now}
+            run.line.show(_search_line(k, growing.latest, before, stats, now - started))
+        time.sleep(POLL_S)
+    assert growing.latest is not None
+    return growing.latest
 
 
-def _fleet_stats(run: Run) -> dict[str, float]:
+def _fleet_stats(growing: Growing) -> dict[str, float]:
     """Counters summed over shards: tokens, occupancy (mean), executions."""
-    all_stats = get([group.shard.stats.remote() for group in run.fleet.groups], 60, "the shards' statistics")
+    all_stats = growing.stats()
     return {
         "tokens": sum(s["policy"]["generated_tokens"] for s in all_stats),
-        "occupancy": sum(s["policy"]["occupancy"] for s in all_stats) / len(all_stats),
+        "occupancy": sum(s["policy"]["occupancy"] for s in all_stats) / max(1, len(all_stats)),
         "executions": sum(s["verifier"].get("executions", 0.0) for s in all_stats),
     }
 

@@ -20,17 +20,12 @@ An artefact counts as finished when the manifest names it, and it is named there
 from __future__ import annotations
 
 import json
-import os
-import socket
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from evolve.errors import EvolveError
-from evolve.store.files import publish_json
+from evolve.files import publish_json
 
 
 class RunError(EvolveError):
@@ -73,8 +68,8 @@ class RoundDirectory:
             value: dict[str, Any] = json.loads(path.read_text())
         except ValueError as error:
             raise RunError(
-                f"{path} is not readable ({error}). The artefacts beside it are whole; restore the file from a "
-                f"backup, or delete the round's directory to run the round again."
+                f"{path} is not readable ({error}). Delete it and run the same command: the trees and checkpoints "
+                f"beside it are checked and taken over, rows are extracted and the round is evaluated anew."
             ) from error
         return value
 
@@ -87,6 +82,12 @@ class RoundDirectory:
         """Name a finished artefact in the manifest. The artefact must be in place already."""
         manifest = self.manifest()
         manifest[artefact] = entry
+        publish_json(self.path / "manifest.json", manifest)
+
+    def forget(self, artefact: str) -> None:
+        """Take an artefact out of the manifest, so that it is made again."""
+        manifest = self.manifest()
+        manifest.pop(artefact, None)
         publish_json(self.path / "manifest.json", manifest)
 
 
@@ -115,65 +116,3 @@ class RunDirectory:
     @property
     def config(self) -> Path:
         return self.path / "config.yaml"
-
-
-class Lock:
-    """At most one driver on a run directory.
-
-    The lock names its holder's host, process and start time; one whose process is gone (same host) is stale and is
-    taken over.
-    """
-
-    def __init__(self, run: RunDirectory) -> None:
-        self._path = run.path / "lock.json"
-        self._held = False
-
-    def acquire(self) -> None:
-        """Take the lock.
-
-        Raises:
-            RunError: another driver holds it.
-        """
-        self._path.parent.mkdir(parents=True, exist_ok=True)
-        me = {
-            "host": socket.gethostname(),
-            "pid": os.getpid(),
-            "process_started": psutil.Process().create_time(),
-            "since": time.strftime("%Y-%m-%d %H:%M:%S"),
-        }
-        for _ in range(2):
-            try:
-                descriptor = os.open(self._path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o644)
-            except FileExistsError:
-                self._remove_if_stale()
-                continue
-            with os.fdopen(descriptor, "w") as file:
-                json.dump(me, file)
-            self._held = True
-            return
-        raise RunError(f"cannot take {self._path}: another driver took it at the same moment. Try again.")
-
-    def _remove_if_stale(self) -> None:
-        try:
-            holder = json.loads(self._path.read_text())
-        except (FileNotFoundError, ValueError):
-            holder = {}
-        if holder.get("host") == socket.gethostname():
-            try:
-                alive = abs(psutil.Process(holder["pid"]).create_time() - holder["process_started"]) < 1.0
-            except psutil.NoSuchProcess:
-                alive = False
-            if not alive:
-                self._path.unlink(missing_ok=True)
-                return
-        raise RunError(
-            f"{self._path.parent} is in use by another driver: host {holder.get('host', '?')}, process "
-            f"{holder.get('pid', '?')}, since {holder.get('since', '?')}. Wait for it or end it; use another "
-            f"run.name for a second run. If that machine is gone for good, delete {self._path}."
-        )
-
-    def release(self) -> None:
-        """Give the lock back."""
-        if self._held:
-            self._path.unlink(missing_ok=True)
-            self._held = False

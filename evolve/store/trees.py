@@ -16,7 +16,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from evolve.store.files import file_digest, publish_file
+from evolve.files import file_digest, publish_file
 from evolve.tree import ROOT, Tree
 from evolve.types import NodeKind, Status
 
@@ -53,15 +53,17 @@ _NODE_FIELDS = [
     pa.field("value_sum", pa.float64(), False, {"doc": "W: sum of their values, each in [-1, 1]"}),
     pa.field("q", pa.float64(), False, {"doc": "Q-value: mean value, `prior` included by its weight"}),
     pa.field("prior", pa.float64(), False, {"doc": "initial value: the PPM's score, else 0"}),
-    pa.field("expanded", pa.bool_(), False, {"doc": "whether candidates were sampled below"}),
+    pa.field("expanded_at", pa.int32(), False, {"doc": "rollouts done when candidates were sampled; -1: never"}),
+    pa.field("ends", pa.list_(pa.int32()), False, {"doc": "numbers, from 0, of the rollouts that ended here"}),
+    pa.field("end_values", pa.list_(pa.float64()), False, {"doc": "value in [-1, 1] that each of them brought"}),
     pa.field("code_ended", pa.bool_(), False, {"doc": "whether the code up to here is complete"}),
 ]
-SCHEMA = pa.schema(_TREE_FIELDS + _NODE_FIELDS, {"format": "evolve.tree.1"})
+SCHEMA = pa.schema(_TREE_FIELDS + _NODE_FIELDS, {"format": "evolve.tree.2"})
 
 _TREE_ATTRIBUTES = {"tree": "number"}
 _SAME_NAME = [
     "parent", "depth", "text", "code", "logprobs", "inserted_ids", "copies", "stdout", "answer", "correct",
-    "visits", "value_sum", "prior", "expanded", "code_ended",
+    "visits", "value_sum", "prior", "expanded_at", "code_ended",
 ]  # fmt: skip
 """Node columns that are the tree's lists of the same name."""
 
@@ -91,7 +93,18 @@ def to_batch(tree: Tree) -> pa.RecordBatch:
     columns["status"] = [status.value for status in tree.status]
     columns["token_ids"] = [tree.prompt_ids, *tree.token_ids[1:]]
     columns["q"] = [tree.q(node) for node in range(size)]
+    columns["ends"], columns["end_values"] = _ends_by_node(tree)
     return pa.RecordBatch.from_arrays([pa.array(columns[f.name], f.type) for f in SCHEMA], schema=SCHEMA)
+
+
+def _ends_by_node(tree: Tree) -> tuple[list[list[int]], list[list[float]]]:
+    """For each node the numbers of the rollouts that ended there, and what they brought."""
+    numbers: list[list[int]] = [[] for _ in range(len(tree))]
+    values: list[list[float]] = [[] for _ in range(len(tree))]
+    for number, (node, value) in enumerate(tree.ends):
+        numbers[node].append(number)
+        values[node].append(value)
+    return numbers, values
 
 
 def from_table(table: pa.Table) -> list[Tree]:
@@ -111,6 +124,11 @@ def _tree_from_rows(columns: dict[str, list[Any]], start: int, end: int) -> Tree
     for name in ("logprobs", "inserted_ids"):
         rows[name] = [tuple(value) for value in rows[name]]
     token_ids = [tuple(ids) for ids in columns["token_ids"][start:end]]
+    ends = [
+        (number, (node, value))
+        for node, row in enumerate(range(start, end))
+        for number, value in zip(columns["ends"][row], columns["end_values"][row], strict=True)
+    ]
     children: list[list[int]] = [[] for _ in range(end - start)]
     for node, parent in enumerate(rows["parent"]):
         if parent >= 0:
@@ -122,6 +140,7 @@ def _tree_from_rows(columns: dict[str, list[Any]], start: int, end: int) -> Tree
         kind=[NodeKind(kind) for kind in columns["kind"][start:end]],
         status=[Status(status) for status in columns["status"][start:end]],
         token_ids=[(), *token_ids[1:]],
+        ends=[end for _, end in sorted(ends)],
         **rows,
     )
 
@@ -135,25 +154,23 @@ class Part:
     keys: tuple[TreeKey, ...]
 
 
-def write_part(directory: Path, name: str, trees: Sequence[Tree]) -> Part:
-    """Make `trees` durable as `directory/name`; the file appears whole or not at all."""
-    table = to_table(trees)
+def write_part(directory: Path, name: str, trees: Sequence[pa.RecordBatch]) -> Part:
+    """Make trees (each a batch of `to_batch`) durable as `directory/name`; the file appears whole or not at all."""
+    table = pa.Table.from_batches(trees, SCHEMA)
     path = directory / name
-    publish_file(path, lambda aside: pq.write_table(table, aside, compression="zstd"))
-    return Part(name, file_digest(path), tuple(TreeKey(t.problem_id, t.number) for t in trees))
+    publish_file(path, lambda aside: pq.write_table(table, aside, compression="zstd", write_page_checksum=True))
+    keys = tuple(TreeKey(batch["problem_id"][0].as_py(), batch["tree"][0].as_py()) for batch in trees)
+    return Part(name, file_digest(path), keys)
 
 
 def read_part(path: Path) -> list[Tree]:
-    """The trees of one part file."""
-    return from_table(pq.read_table(path, schema=SCHEMA))
+    """The trees of one part file.
 
-
-def part_keys(path: Path) -> tuple[TreeKey, ...]:
-    """Which trees a part file holds, reading three columns only."""
-    table = pq.read_table(path, columns=["problem_id", "tree", "node"], filters=[("node", "=", ROOT)])
-    return tuple(
-        TreeKey(problem, number)
-        for problem, number in zip(
-            table.column("problem_id").to_pylist(), table.column("tree").to_pylist(), strict=True
-        )
-    )
+    Raises:
+        ValueError: the file was written by a version with another schema.
+    """
+    found = pq.read_schema(path)
+    if not found.equals(SCHEMA):
+        theirs, ours = ((schema.metadata or {}).get(b"format", b"?").decode() for schema in (found, SCHEMA))
+        raise ValueError(f"{path} holds trees as {theirs}, this version reads {ours}; grow them again in a new run")
+    return from_table(pq.read_table(path, page_checksum_verification=True))

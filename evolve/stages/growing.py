@@ -1,0 +1,142 @@
+"""The search of one round under way: every shard grows, whatever takes a shard's place grows on, and a board that dies
+is made again.
+
+Shards are told apart by their calls of `grow`. However such a call ends, the board is told which of the shard's trees
+are durable, and gets the others back; so a tree is counted once, and grown again only when it was lost.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from typing import Any
+
+import ray
+from ray.exceptions import RayActorError, RayTaskError
+
+from evolve.errors import EvolveError
+from evolve.fleet import CLIENT_START_S, Fleet
+from evolve.search.board import Progress
+from evolve.search.shard import SearchJob
+from evolve.service import Question, ServiceError
+from evolve.store.parts import mended_parts
+from evolve.store.trees import Part
+
+PROGRESS_S = 0.5
+STATS_S = 5.0
+SETTLE_S = 20.0
+"""For shards that were told to stop to make their finished trees durable."""
+BOARD = "board"
+
+
+class Growing:
+    """Grows the trees of one round on a fleet; whoever waits for it calls `poll` about once a second."""
+
+    def __init__(self, fleet: Fleet, job: SearchJob, make_board: Callable[[], Any]) -> None:
+        """`make_board` makes the actor from the part files that are there."""
+        self._fleet, self._job, self._make_board = fleet, job, make_board
+        self.notes: list[str] = []
+        """What had to be mended, for the user."""
+        self._growing: dict[Any, str] = {}
+        self._shards: dict[str, Any] = {}
+        self._stats: dict[str, tuple[Question, dict[str, dict[str, float]]]] = {}
+        self._board = self._new_board()
+        self._progress = Question(lambda: self._board.progress.remote(), PROGRESS_S)
+        self.latest: Progress | None = None
+        fleet.watch.add(BOARD, self._board, CLIENT_START_S, replace=self._new_board, hosted=False)
+
+    def poll(self) -> bool:
+        """Look after shards and board; whether all trees are durable.
+
+        Raises:
+            Exhausted: an actor died too often.
+            ServiceError: a tree cannot be grown.
+            StorageError: trees cannot be written.
+        """
+        self._fleet.poll()
+        for ref in self._ended():
+            self._settle(ref)
+        self._hear()
+        if self.latest is not None and self.latest.failure:
+            raise ServiceError(f"round {self._job.plan.round}: {self.latest.failure}")
+        if self.latest is not None and self.latest.done and not self._growing:
+            return True
+        growing = set(self._growing.values())
+        for group in self._fleet.groups:
+            if group.name not in growing:
+                self._growing[group.shard.grow.remote(self._job, self._board)] = group.name
+                self._shards[group.name] = group.shard
+        return False
+
+    def stats(self) -> list[dict[str, dict[str, float]]]:
+        """The newest counters of every shard that has answered; nobody is waited for."""
+        for group in self._fleet.groups:
+            question, known = self._stats.get(group.name) or (Question(group.shard.stats.remote, STATS_S), {})
+            try:
+                known = question.poll(time.monotonic()) or known
+            except (RayActorError, RayTaskError):
+                self._stats.pop(group.name, None)  # of a shard that is being replaced
+                continue
+            self._stats[group.name] = (question, known)
+        return [known for _, known in self._stats.values() if known]
+
+    def close(self) -> None:
+        """End the growth: finished trees are made durable, which takes seconds; then the board goes."""
+        self._stop_shards()
+        self._fleet.watch.drop(BOARD)
+        ray.kill(self._board)
+
+    # ------------------------------------------------------------------ inside
+
+    def _ended(self) -> list[Any]:
+        refs = list(self._growing)
+        return ray.wait(refs, num_returns=len(refs), timeout=0)[0] if refs else []
+
+    def _settle(self, ref: Any) -> None:
+        """A shard's call of `grow` has ended, for whatever reason."""
+        name = self._growing.pop(ref)
+        try:
+            ray.get(ref)
+        except RayTaskError as error:
+            if isinstance(error.cause, EvolveError):
+                raise error.cause from None
+            if not isinstance(error.cause, RayActorError):
+                raise
+            # The board is dead; its watch makes another.
+        except RayActorError:
+            self._announce(name)
+        self._board.give_back.remote(name)
+        self._stats.pop(name, None)
+
+    def _announce(self, name: str) -> None:
+        """Tell the board of parts that a shard finished and did not live to announce."""
+        for part, keys in mended_parts(self._job.trees, f"part-{name}-*.parquet").trees.items():
+            self._board.durable.remote(Part(part, "", keys))
+
+    def _hear(self) -> None:
+        try:
+            self.latest = self._progress.poll(time.monotonic()) or self.latest
+        except RayActorError:
+            self.latest = None
+
+    def _new_board(self) -> Any:
+        """A board that knows the trees on disk; shards that grew for another one are stopped before."""
+        self._stop_shards()
+        self.latest = None
+        self.notes += mended_parts(self._job.trees).notes
+        self._board = self._make_board()
+        return self._board
+
+    def _stop_shards(self) -> None:
+        """Have every shard make durable what it has finished; those that do not in time are ended."""
+        if not self._growing:
+            return
+        for name in self._growing.values():
+            self._shards[name].stop.remote()
+        refs = list(self._growing)
+        late = ray.wait(refs, num_returns=len(refs), timeout=SETTLE_S)[1]
+        for ref in late:
+            ray.kill(self._shards[self._growing[ref]])
+        if late:
+            ray.wait(late, num_returns=len(late), timeout=SETTLE_S)
+        self._growing.clear()

@@ -1,0 +1,104 @@
+"""Part files as a killed run may have left them: which are whole, which hold a tree twice, and how that is mended.
+
+A part that is not in the manifest yet may be damaged, or have been written by an actor whose driver was gone already.
+Trees are the unit of work, so the mending is the same for all of it: what cannot be believed is set aside or left out,
+and the trees that are missing then are grown again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from evolve.files import file_digest, publish_file
+from evolve.store.trees import TreeKey
+from evolve.tree import ROOT
+
+PATTERN = "part-*.parquet"
+DAMAGED = "damaged-"
+"""What the name of a part begins with that was set aside."""
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """The part files of a round."""
+
+    trees: Mapping[str, tuple[TreeKey, ...]]
+    """Which trees each holds, by its name; no tree occurs twice."""
+    notes: tuple[str, ...]
+    """What had to be mended."""
+
+    @property
+    def count(self) -> int:
+        """Trees in all parts together."""
+        return sum(map(len, self.trees.values()))
+
+
+def mended_parts(directory: Path, pattern: str = PATTERN) -> Parts:
+    """The part files in `directory` whose names fit, once those that cannot be read are set aside and second copies of
+    trees dropped.
+
+    For the one driver of the run, while nothing is being written there.
+    """
+    known: set[TreeKey] = set()
+    trees: dict[str, tuple[TreeKey, ...]] = {}
+    notes: list[str] = []
+    for path in sorted(directory.glob(pattern)):
+        try:
+            keys = _keys(path)
+        except (OSError, pa.ArrowException, ValueError) as error:
+            notes.append(set_aside(path, str(error).splitlines()[0]))
+            continue
+        twice = known.intersection(keys)
+        if twice:
+            notes.append(f"{path}: {len(twice)} of its {len(keys)} trees were in another part already; dropped")
+            keys = tuple(key for key in keys if key not in twice)
+            _keep_only(path, keys)
+        if keys:
+            known.update(keys)
+            trees[path.name] = keys
+    return Parts(trees, tuple(notes))
+
+
+def set_aside(path: Path, reason: str) -> str:
+    """Rename a part that cannot be believed; returns a note about it."""
+    path.replace(path.with_name(DAMAGED + path.name))
+    return f"{path} is damaged ({reason}); it is set aside as {DAMAGED}{path.name} and its trees are grown again"
+
+
+def damaged_parts(directory: Path, recorded: Mapping[str, str]) -> dict[str, str]:
+    """Parts (name to digest, as the manifest has them) that are missing or changed, with what is wrong."""
+    found: dict[str, str] = {}
+    for name, digest in recorded.items():
+        path = directory / name
+        if not path.exists():
+            found[name] = "it is missing"
+        elif file_digest(path) != digest:
+            found[name] = "its digest is not the one in the manifest"
+    return found
+
+
+def _keys(path: Path) -> tuple[TreeKey, ...]:
+    table = pq.read_table(path, columns=["problem_id", "tree", "node"], page_checksum_verification=True)
+    roots = table.filter(pc.field("node") == ROOT)
+    if table.num_rows and not roots.num_rows:
+        raise ValueError("it holds nodes and no root")
+    columns = (roots.column("problem_id").to_pylist(), roots.column("tree").to_pylist())
+    return tuple(TreeKey(problem, number) for problem, number in zip(*columns, strict=True))
+
+
+def _keep_only(path: Path, keys: tuple[TreeKey, ...]) -> None:
+    """Write a part again with some of its trees; without any, remove it."""
+    if not keys:
+        path.unlink()
+        return
+    table = pq.read_table(path, page_checksum_verification=True)
+    wanted = {(key.problem_id, key.number) for key in keys}
+    pairs = zip(table.column("problem_id").to_pylist(), table.column("tree").to_pylist(), strict=True)
+    kept = table.filter(pa.array([pair in wanted for pair in pairs]))
+    publish_file(path, lambda aside: pq.write_table(kept, aside, compression="zstd", write_page_checksum=True))

@@ -1,0 +1,97 @@
+"""Finished artefacts that were damaged since: made again where that is possible, refused with what to do where not."""
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from evolve.files import file_digest
+from evolve.policy.checkpoint import digest
+from evolve.stages.learning import _changed_rows
+from evolve.stages.run import checkpoint
+from evolve.stages.search import _parts, _reopened
+from evolve.store.run import RoundDirectory, RunDirectory, RunError
+from evolve.store.trees import to_batch, write_part
+from evolve.tree import Tree
+from evolve.types import NodeKind
+
+
+@pytest.fixture
+def directory(tmp_path: Path) -> RoundDirectory:
+    """A round with a finished search of three trees in two parts."""
+    made = RunDirectory(tmp_path).round(1)
+    made.trees.mkdir(parents=True)
+    for name, problems in (("part-a.parquet", ("p0", "p1")), ("part-b.parquet", ("p2",))):
+        write_part(made.trees, name, [to_batch(tree(problem)) for problem in problems])
+    made.record("search", parts={path.name: file_digest(path) for path in made.trees.iterdir()}, trees=3)
+    return made
+
+
+def tree(problem: str) -> Tree:
+    made = Tree(problem, 1, 0, 9, (5, 6))
+    made.add(0, NodeKind.TERMINAL, "# b", "print(1)", (8,), (-0.25,), answer="1", correct=True)
+    return made
+
+
+def run_saying(said: list[str]) -> Any:
+    return SimpleNamespace(line=SimpleNamespace(end=said.append))
+
+
+def flip(path: Path, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 1
+    path.write_bytes(bytes(content))
+
+
+def test_a_whole_search_stays_finished(directory: RoundDirectory) -> None:
+    assert not _reopened(run_saying([]), directory)
+    assert directory.finished("search") is not None
+
+
+def test_a_search_with_a_damaged_part_is_taken_up_again_without_it(directory: RoundDirectory) -> None:
+    flip(directory.trees / "part-b.parquet", 30)
+    said: list[str] = []
+    assert _reopened(run_saying(said), directory)
+    assert "part-b.parquet: its digest is not the one in the manifest" in said[0]
+    assert directory.finished("search") is None
+    assert [path.name for path in sorted(directory.trees.glob("part-*"))] == ["part-a.parquet"]
+
+
+def test_parts_that_nobody_needs_any_longer_are_not_looked_at(directory: RoundDirectory) -> None:
+    directory.record("rows", sft={}, ppm={}, files={})
+    flip(directory.trees / "part-b.parquet", 30)
+    assert not _reopened(run_saying([]), directory)
+
+
+def test_a_stage_whose_trees_do_not_add_up_is_an_error_that_says_so(directory: RoundDirectory) -> None:
+    progress: Any = SimpleNamespace(trees=3)
+    assert set(_parts(directory, progress)) == {"part-a.parquet", "part-b.parquet"}
+    (directory.trees / "part-b.parquet").unlink()
+    with pytest.raises(RunError, match=r"3 trees were counted, and the files in .* hold 2\. .*Run the same command"):
+        _parts(directory, progress)
+
+
+def test_rows_that_changed_since_they_were_recorded_are_named(directory: RoundDirectory) -> None:
+    directory.sft.mkdir()
+    rows = directory.sft / "rows.parquet"
+    rows.write_bytes(b"rows of a training")
+    directory.record("rows", files={"sft/rows.parquet": file_digest(rows)})
+    assert _changed_rows(directory) == []
+    flip(rows, 3)
+    assert _changed_rows(directory) == [rows]
+    rows.unlink()
+    assert _changed_rows(directory) == [rows]
+
+
+def test_a_checkpoint_with_a_flipped_byte_is_refused_with_what_to_do(directory: RoundDirectory) -> None:
+    path = directory.sft / "checkpoint"
+    path.mkdir(parents=True)
+    (path / "model.safetensors").write_bytes(bytes(1000))
+    (path / "config.json").write_text("{}")
+    directory.record("sft", digest=digest(path))
+    assert checkpoint(directory, "sft").digest == digest(path)
+    flip(path / "model.safetensors", 500)
+    with pytest.raises(RunError, match=r"is not the expected .*\n.*Restore .* from a backup") as refused:
+        checkpoint(directory, "sft")
+    assert "round=1" in str(refused.value)
