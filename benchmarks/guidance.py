@@ -24,9 +24,9 @@ from rich.console import Console
 from rich.table import Table
 
 from evolve import cluster
-from evolve.cluster import Checkpoint, Fleet
 from evolve.config import read, resolve_round
 from evolve.evaluate import interval
+from evolve.fleet import Checkpoint, Fleet
 from evolve.learn.pairs import mine
 from evolve.policy.formats import format_named
 from evolve.schema import EvolveConfig, ValueKind
@@ -63,11 +63,14 @@ def grow(
             max_depth=config.search.max_depth,
             concurrent_trees=config.search.concurrent_trees,
             concurrent_rollouts=1,
+            tail_rollouts=1,
             trees=trees,
             policy=(policy.path, policy.digest),
             ppm=(ppm.path, ppm.digest) if ppm and plan.value is ValueKind.ppm else None,
         )
-        board: Any = ray.remote(Board).options(num_cpus=0).remote(EscalatingBudget(plan), problems, (), {}, trees)
+        board: Any = (
+            ray.remote(Board).options(num_cpus=0).remote(EscalatingBudget(plan), problems, (), trees, len(fleet.groups))
+        )
         ray.get([group.shard.grow.remote(job, board) for group in fleet.groups])
         progress: Progress = ray.get(board.progress.remote())
         assert progress.trees == len(problems), progress

@@ -1,0 +1,114 @@
+"""What all benchmarks share: arguments, goals, the printed record, and the CPU time of a whole process tree.
+
+A benchmark measures everything it compares in one run and prints ratios; `--check` exits 1 when a goal is missed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import psutil
+import ray
+from rich.console import Console
+from rich.table import Table
+
+
+@dataclass(frozen=True, slots=True)
+class Goal:
+    """A bound that a number of the record must keep."""
+
+    name: str
+    word: str
+    """`at most` or `at least`."""
+    bound: float
+
+    def met(self, record: Mapping[str, Any]) -> bool:
+        """Whether the record keeps the bound."""
+        value = record[self.name]
+        return bool(value <= self.bound if self.word == "at most" else value >= self.bound)
+
+
+def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
+    """The arguments every benchmark has: `--json FILE` and `--check`."""
+    made = argparse.ArgumentParser(
+        prog=f"python -m benchmarks.{name}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    made.add_argument("--json", type=Path, help="write the record here")
+    made.add_argument("--check", action="store_true", help="exit 1 when a goal is missed")
+    return made
+
+
+def finish(record: Mapping[str, Any], goals: Sequence[Goal], arguments: argparse.Namespace) -> int:
+    """Print the record's numbers with their goals, write it where asked, and return the exit status."""
+    by_name = {goal.name: goal for goal in goals}
+    missed = [goal.name for goal in goals if not goal.met(record)]
+    for name, value in record.items():
+        if isinstance(value, list | dict):
+            continue
+        line = f"{name:44} {value if isinstance(value, str) else f'{value:12.3f}'}"
+        if (goal := by_name.get(name)) is not None:
+            line += f"   goal: {goal.word} {goal.bound:g}{'   MISSED' if name in missed else ''}"
+        print(line)
+    if arguments.json:
+        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
+    return 1 if arguments.check and missed else 0
+
+
+def show_rows(title: str, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:
+    """Print rows as a table; `columns` maps a row's keys to headings."""
+    table = Table(title=title, title_justify="left")
+    for heading in columns.values():
+        table.add_column(heading, justify="right")
+    for row in rows:
+        table.add_row(*(f"{v:,.3f}" if isinstance(v := row[key], float) else str(v) for key in columns))
+    Console(width=120).print(table)
+
+
+@contextlib.contextmanager
+def local_ray(cpus: int = 2) -> Iterator[None]:
+    """A Ray of this process' own, ended with the block; never one that runs here already."""
+    ray.init(address="local", num_cpus=cpus, num_gpus=0, include_dashboard=False, log_to_driver=False)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def cpu_seconds() -> dict[str, float]:
+    """CPU seconds so far of this process and all that descend from it, children that ended included, by name.
+
+    Ray's own processes are among them where this process started Ray. An actor is named as its class.
+    """
+    me = psutil.Process()
+    found: dict[str, float] = {}
+    for process in [me, *me.children(recursive=True)]:
+        try:
+            times, words = process.cpu_times(), process.cmdline()
+        except (psutil.NoSuchProcess, psutil.AccessDenied):
+            continue
+        name = "driver" if process == me else _role(words)
+        found[name] = found.get(name, 0.0) + sum(times[:4])
+    return found
+
+
+def spent(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:
+    """CPU seconds by name between two `cpu_seconds`, the most first."""
+    change = {name: value - before.get(name, 0.0) for name, value in after.items()}
+    return dict(sorted(((n, v) for n, v in change.items() if v > 0), key=lambda item: -item[1]))
+
+
+def _role(words: Sequence[str]) -> str:
+    if not words:
+        return "ended"
+    first = words[0]
+    if first.startswith("ray::"):
+        return first.removeprefix("ray::").split(".")[0].split(":")[0].split("(")[0]
+    if any("evolve.verify" in word for word in words):
+        return "sandbox"
+    return Path(first).name if not first.endswith(("python", "python3", "python3.11")) else Path(words[-1]).name[:30]

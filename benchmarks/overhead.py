@@ -1,0 +1,85 @@
+"""What the search itself costs: CPU time a candidate with an engine that answers at once.
+
+    python -m benchmarks.overhead [--json FILE] [--check]
+
+Everything is counted: driver, shard, board, service hosts, sandboxes and Ray's own processes, from the first tree to
+the last part file. Once with real sandboxed execution, once with execution stubbed out too. Start-up is left out: a
+first set of trees is grown before. A candidate is one sample of the policy, duplicates included.
+"""
+
+from __future__ import annotations
+
+import math
+import sys
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from benchmarks import scene
+from benchmarks.common import Goal, cpu_seconds, finish, local_ray, parser, show_rows, spent
+from evolve.policy.simulated import sum_problems
+
+GOALS = [Goal("sandboxed_ms_per_candidate", "at most", 8.0), Goal("stubbed_ms_per_candidate", "at most", 1.0)]
+
+
+def one(verifier: Callable[[], Any], trees: int, directory: Path) -> dict[str, Any]:
+    """Grow the trees and divide the CPU time by the candidates."""
+    member = scene.member(0, scene.engine(256, math.inf), verifier)
+    plan = scene.plan()
+    scene.grow([member], sum_problems(max(8, trees // 4), 1), scene.job_of(plan, directory / "warm", 64))
+    before_s = cpu_seconds()
+    calls = member.stats()["requests"]
+    _, seconds = scene.grow([member], sum_problems(trees, 2), scene.job_of(plan, directory / "measured", 64))
+    expansions = member.stats()["requests"] - calls
+    parts = spent(before_s, cpu_seconds())
+    member.close()
+    candidates = expansions * plan.candidates
+    per = {name: value * 1e3 / candidates for name, value in parts.items()}
+    return {"candidates": candidates, "seconds": seconds, "ms": sum(per.values()), "parts": per}
+
+
+def measure(trees: int) -> dict[str, Any]:
+    """Both settings; needs Ray."""
+    with tempfile.TemporaryDirectory() as directory:
+        found = {
+            "sandboxed": one(scene.sandbox(), max(4, trees // 4), Path(directory, "sandboxed")),
+            "stubbed": one(scene.SumVerifier, trees, Path(directory, "stubbed")),
+        }
+    record: dict[str, Any] = {}
+    for name, result in found.items():
+        record[f"{name}_ms_per_candidate"] = result["ms"]
+        record[f"{name}_candidates_per_s"] = result["candidates"] / result["seconds"]
+        record[f"{name}_candidates"] = result["candidates"]
+        record[f"{name}_parts"] = result["parts"]
+    record["execution_share"] = 1 - record["stubbed_ms_per_candidate"] / record["sandboxed_ms_per_candidate"]
+    return record
+
+
+def main() -> int:
+    made = parser("overhead", __doc__)
+    made.add_argument(
+        "--trees", type=int, default=200, help="trees with execution stubbed; a quarter with real execution (200)"
+    )
+    arguments = made.parse_args()
+    with local_ray():
+        record = measure(arguments.trees)
+    names = list(dict.fromkeys([*record["sandboxed_parts"], *record["stubbed_parts"]]))
+    rows = [
+        {
+            "part": name,
+            "sandboxed": record["sandboxed_parts"].get(name, 0.0),
+            "stubbed": record["stubbed_parts"].get(name, 0.0),
+        }
+        for name in names
+    ]
+    show_rows(
+        "CPU ms a candidate, by process",
+        rows,
+        {"part": "process", "sandboxed": "real execution", "stubbed": "execution stubbed"},
+    )
+    return finish(record, GOALS, arguments)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
