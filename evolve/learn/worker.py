@@ -77,8 +77,13 @@ def serve(settings: Mapping[str, Any]) -> None:
     import ray
     import ray.train
     import torch.distributed as dist
+    from ray.exceptions import ActorDiedError
 
     mailbox = settings["mailbox"]
+    try:
+        get(mailbox.workers.remote(), _ANSWER_S, "the trainers' mailbox")
+    except ActorDiedError:
+        return  # started anew after the mailbox's death: this group ends, and its driver starts another
     prepare_process(settings["gpu"], settings["cpus"])
     # Costs seconds of imports: better while the driver is still busy elsewhere than in the first job.
     import evolve.learn.engine  # noqa: F401
