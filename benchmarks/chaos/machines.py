@@ -14,7 +14,7 @@ from pathlib import Path
 from ray._common.utils import reset_ray_address
 from ray.cluster_utils import Cluster
 
-CPUS, GPUS = 3, 2
+CPUS, GPUS = 3, 1
 """Of each node. The GPUs are pretended, too; the driver under test serves no model on them."""
 REPLACE_S = 2.0
 """Until a lost node is replaced, as an autoscaler would."""

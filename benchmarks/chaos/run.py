@@ -27,6 +27,8 @@ ROLES = {"engine": "policy engine", "ppm": "PPM engine", "verifier": "verifier"}
 """How the driver calls the services."""
 WORKING = {"search": "ray::Shard", "sft": "RayTrainWorker", "evaluation": "ray::Evaluator"}
 """What works on a node during a stage."""
+ONE_A_NODE = ("policy.engine.gpus=0.55",)
+"""With the PPM's 0.45 a whole GPU, and more than half of one without: a pretended node has room for one shard."""
 LEFT_S = 20.0
 """How long processes may take to end after their driver has."""
 START_S = 180.0
@@ -71,7 +73,7 @@ class Run:
         self.machines = machines
         self.path = directory / "smoke"
         self._log = directory / "log.txt"
-        where = () if machines is None else (f"cluster.address={machines.address}",)
+        where = () if machines is None else (f"cluster.address={machines.address}", *ONE_A_NODE)
         drive = (sys.executable, "-m", "benchmarks.chaos", "--drive", engines)
         self._command = [*drive, *recipe, f"run.dir={directory}", *where]
         self.seen: dict[int, float] = {}
