@@ -75,17 +75,15 @@ def works(target: str, stage: Stage) -> bool:
 def plan_kills(count: int, seed: int, targets: Sequence[str], durations: Mapping[Stage, float]) -> list[Kill]:
     """`count` kills in the order of the stages, each at a random moment of a stage in which its target works.
 
-    Every other kill is the driver's, where it is among the targets, and goes through all stages in turn; the other
-    targets take turns, at random stages.
+    Every other kill is the driver's, where it is among the targets, and the others take turns. Driver and interrupts
+    go through all their stages; the others' stages are random.
     """
     rng = Random(seed)
     kills: list[Kill] = []
-    driven = 0
     for target in _turns(count, targets):
         fitting = [stage for stage in STAGES if works(target, stage)]
-        if target == "driver":
-            name, k = fitting[driven % len(fitting)]
-            driven += 1
+        if target in ("driver", "interrupt"):
+            name, k = fitting[sum(kill.target == target for kill in kills) % len(fitting)]
         else:
             name, k = rng.choice(fitting)
         kills.append(Kill(target, name, k, rng.random() * 0.9 * durations.get((name, k), 1.0)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import signal
@@ -16,6 +17,7 @@ import psutil
 
 from benchmarks.chaos.drive import PIDS
 from benchmarks.chaos.plan import STAGES, Stage
+from benchmarks.chaos.recipe import ONE_A_NODE
 from evolve.store.run import RunDirectory
 
 TITLES = {"shard": "ray::Shard", "board": "ray::Board", "evaluator": "ray::Evaluator", "mailbox": "ray::Mailbox",
@@ -27,8 +29,7 @@ ROLES = {"engine": "policy engine", "ppm": "PPM engine", "verifier": "verifier"}
 """How the driver calls the services."""
 WORKING = {"search": "ray::Shard", "sft": "RayTrainWorker", "evaluation": "ray::Evaluator"}
 """What works on a node during a stage."""
-ONE_A_NODE = ("policy.engine.gpus=0.55",)
-"""With the PPM's 0.45 a whole GPU, and more than half of one without: a pretended node has room for one shard."""
+TWICE = "Ctrl-C twice"
 LEFT_S = 20.0
 """How long processes may take to end after their driver has."""
 START_S = 180.0
@@ -157,11 +158,16 @@ def kill(pid: int, target: str, rng: Random) -> str:
                 continue
         return f"{len(victims)} processes"
     if target == "interrupt":
-        if rng.random() < 0.5:
+        how = rng.choice(("Ctrl-C", "SIGTERM", TWICE))
+        if how == "SIGTERM":
+            os.kill(pid, signal.SIGTERM)
+        else:
             os.killpg(pid, signal.SIGINT)  # a terminal sends it to the whole group
-            return "Ctrl-C"
-        os.kill(pid, signal.SIGTERM)
-        return "SIGTERM"
+        if how == TWICE:
+            time.sleep(0.5)
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(pid, signal.SIGINT)
+        return how
     os.kill(pid, signal.SIGKILL)
     return ""
 

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from evolve.files import publish_directory
+from evolve.files import StorageError, publish_directory, storage_errors
 from evolve.learn import rows
 from evolve.learn.errors import LearningError, TrainingStopped, TrainingTimeoutError
 from evolve.learn.forest import Pairs
@@ -77,13 +77,8 @@ def serve(settings: Mapping[str, Any]) -> None:
     import ray
     import ray.train
     import torch.distributed as dist
-    from ray.exceptions import ActorDiedError
 
     mailbox = settings["mailbox"]
-    try:
-        get(mailbox.workers.remote(), _ANSWER_S, "the trainers' mailbox")
-    except ActorDiedError:
-        return  # started anew after the mailbox's death: this group ends, and its driver starts another
     prepare_process(settings["gpu"], settings["cpus"])
     # Costs seconds of imports: better while the driver is still busy elsewhere than in the first job.
     import evolve.learn.engine  # noqa: F401
@@ -101,7 +96,12 @@ def serve(settings: Mapping[str, Any]) -> None:
 
         outcome: Outcome
         try:
-            outcome = run_job(task.job, _reporter(mailbox, task.name))
+            with storage_errors(task.job.partial):
+                outcome = run_job(task.job, _reporter(mailbox, task.name))
+        except StorageError as error:
+            # Of this worker alone: the others wait for it in vain, and end with it.
+            get(mailbox.finish.remote(task.name, error), _ANSWER_S, "the trainers' mailbox")
+            raise
         except (LearningError, TrainingTimeoutError, TrainingStopped) as error:
             # Raised by every worker alike; the group is sound and goes on.
             outcome = error

@@ -96,6 +96,7 @@ def measure(
     left = [problem for problem in problems if problem.id not in rows]
     waiting = deque(part for i in range(len(fleet.groups)) if (part := left[i :: len(fleet.groups)]))
     working: dict[Any, _Share] = {}
+    dead: list[Any] = []
 
     def keep(found: list[Row]) -> None:
         new = {row["problem_id"]: row for row in found if row["problem_id"] not in rows}
@@ -115,8 +116,9 @@ def measure(
             except RayTaskError:
                 raise
             except RayActorError:
+                dead.append(share.evaluator)  # another is being started in its place
                 waiting.append([problem for problem in share.problems if problem.id not in rows])
-        busy = [share.evaluator for share in working.values()]
+        busy = [*dead, *(share.evaluator for share in working.values())]
         for group in fleet.groups:
             if waiting and group.evaluator not in busy:
                 share = _Share(group.evaluator, waiting.popleft())

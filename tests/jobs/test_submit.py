@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import shutil
 import signal
 import socket
@@ -20,12 +21,21 @@ from pathlib import Path
 import psutil
 import pytest
 
+from benchmarks.chaos.outcome import damage
+from benchmarks.chaos.recipe import ONE_A_NODE, SCRIPTED
+from benchmarks.chaos.run import OURS, title
+from evolve.policy.checkpoint import digest
+from evolve.store.parts import mended_parts
+from evolve.store.run import RunDirectory
+
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
 START_S = 120.0
 """A bound for a busy machine; on an idle one a head is up in about 5 s."""
 CPUS = 3
 """Not what any machine here has, so that the plan shows which cluster it was made for."""
+RUN_S = 400.0
+"""A bound for a whole small run on a busy machine; on two idle cores it takes about a minute."""
 
 
 def free_ports(count: int) -> list[int]:
@@ -40,9 +50,11 @@ class Head:
     """A running head: its job API, and the environment of one who may use it."""
 
     jobs: str
+    gcs: str
+    """Where other nodes join."""
     environment: dict[str, str]
 
-    def submit(self, *entrypoint: str, **changed: str) -> tuple[int, str]:
+    def submit(self, *entrypoint: str, timeout_s: float = START_S, **changed: str) -> tuple[int, str]:
         """Exit status and output of `ray job submit --working-dir . -- ENTRYPOINT`."""
         done = subprocess.run(
             [BIN / "ray", "job", "submit", "--working-dir", ".", "--", *entrypoint],
@@ -51,7 +63,7 @@ class Head:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
-            timeout=START_S,
+            timeout=timeout_s,
             check=False,
         )
         return done.returncode, done.stdout
@@ -85,13 +97,37 @@ def head() -> Iterator[Head]:
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
-    found = Head(f"http://127.0.0.1:{dashboard}", environment)
+    found = Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", environment)
     try:
         wait_for_jobs(found, process, directory / "log")
         yield found
     finally:
         end(process)
         shutil.rmtree(directory, ignore_errors=True)
+
+
+@pytest.fixture
+def nodes(head: Head) -> Iterator[list[subprocess.Popen[bytes]]]:
+    """Two more raylets, each with a pretended GPU, joined as on other machines."""
+    started = []
+    with ExitStack() as stack:
+        for _ in range(2):
+            agent, agent_grpc, metrics = free_ports(3)
+            process = subprocess.Popen(
+                [
+                    *(BIN / "ray", "start", f"--address={head.gcs}", "--block", "--node-ip-address=127.0.0.1"),
+                    *(f"--num-cpus={CPUS}", "--num-gpus=1", "--object-store-memory=100000000"),
+                    *(f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}"),
+                    *(f"--metrics-export-port={metrics}", "--min-worker-port=0", "--max-worker-port=0"),
+                ],
+                env=head.environment,
+                stdout=subprocess.DEVNULL,
+                stderr=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+            stack.callback(end, process)
+            started.append(process)
+        yield started
 
 
 def wait_for_jobs(head: Head, process: subprocess.Popen[bytes], log: Path) -> None:
@@ -167,3 +203,31 @@ def test_who_has_no_token_is_refused(head, tmp_path, mode):
     status, output = head.submit("true", RAY_AUTH_MODE=mode, RAY_AUTH_TOKEN_PATH=str(wrong))
     assert status != 0
     assert "auth" in output.lower()
+
+
+def test_a_whole_round_runs_on_two_nodes_and_leaves_nothing_but_its_run(head, nodes):
+    """Engines are scripted and hold the pretended GPUs; search, sandboxes, training and evaluation are real."""
+    recipe = (*SCRIPTED, "run.name=sent", "round=1", "problems.per_round=30", "problems.test_size=8", *ONE_A_NODE)
+    drive = ("python", "-m", "benchmarks.chaos", "--drive", "benchmarks.scripted:engines")
+    status, output = head.submit(*drive, *recipe, timeout_s=RUN_S)
+    assert status == 0, output[-6000:]
+    assert "succeeded" in output
+    assert "Traceback" not in output
+    at_work = dict(re.findall(r"(shard-\d+) is at work on node (\w+)", output))
+    assert len(at_work) == len(set(at_work.values())) == 2, at_work
+    run = RunDirectory(Path(head.environment["EVOLVE_RUNS"]) / "sent")
+    manifest = run.round(1).manifest()
+    assert set(manifest) == {"search", "rows", "sft", "ppm", "evaluation"}
+    assert mended_parts(run.round(1).trees).count == manifest["search"]["trees"] >= 30
+    assert {name.split("-")[2] for name in manifest["search"]["parts"]} <= {"0", "1"}
+    for stage in ("sft", "ppm"):
+        assert digest(run.round(1).path / stage / "checkpoint") == manifest[stage]["digest"]
+    assert damage(run.path) == []
+    deadline = time.monotonic() + 60
+    while left := [p.pid for node in nodes for p in processes_below(node) if any(own in title(p) for own in OURS)]:
+        assert time.monotonic() < deadline, left
+        time.sleep(0.5)
+
+
+def processes_below(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
+    return psutil.Process(process.pid).children(recursive=True)
