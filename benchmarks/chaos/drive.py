@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -30,6 +31,7 @@ def drive(engines: str, arguments: Sequence[str]) -> int:
     from evolve import driver, stages
     from evolve.stages import run as running
 
+    os.environ["DS_ACCELERATOR"] = "cpu"
     module, _, function = engines.partition(":")
     make = getattr(importlib.import_module(module), function)
     open_run, workers = stages.open_run, running._workers

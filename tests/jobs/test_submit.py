@@ -13,7 +13,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -56,8 +56,12 @@ class Head:
 
     def submit(self, *entrypoint: str, timeout_s: float = START_S, **changed: str) -> tuple[int, str]:
         """Exit status and output of `ray job submit --working-dir . -- ENTRYPOINT`."""
+        return self.job("submit", "--working-dir", ".", "--", *entrypoint, timeout_s=timeout_s, **changed)
+
+    def job(self, *arguments: str, timeout_s: float = START_S, **changed: str) -> tuple[int, str]:
+        """Exit status and output of `ray job ARGUMENTS`."""
         done = subprocess.run(
-            [BIN / "ray", "job", "submit", "--working-dir", ".", "--", *entrypoint],
+            [BIN / "ray", "job", *arguments],
             cwd=ROOT,
             env={**self.environment, "RAY_API_SERVER_ADDRESS": self.jobs, **changed},
             stdout=subprocess.PIPE,
@@ -205,29 +209,42 @@ def test_who_has_no_token_is_refused(head, tmp_path, mode):
     assert "auth" in output.lower()
 
 
-def test_a_whole_round_runs_on_two_nodes_and_leaves_nothing_but_its_run(head, nodes):
+def test_a_round_that_was_stopped_leaves_nothing_at_work_and_goes_on_over_two_nodes(head, nodes):
     """Engines are scripted and hold the pretended GPUs; search, sandboxes, training and evaluation are real."""
     recipe = (*SCRIPTED, "run.name=sent", "round=1", "problems.per_round=30", "problems.test_size=8", *ONE_A_NODE)
-    drive = ("python", "-m", "benchmarks.chaos", "--drive", "benchmarks.scripted:engines")
-    status, output = head.submit(*drive, *recipe, timeout_s=RUN_S)
+    drive = ("python", "-m", "benchmarks.chaos", "--drive", "benchmarks.scripted:engines", *recipe)
+    run = RunDirectory(Path(head.environment["EVOLVE_RUNS"]) / "sent")
+    status, output = head.job("submit", "--no-wait", "--submission-id", "first", "--working-dir", ".", "--", *drive)
+    assert status == 0, output
+    until(lambda: run.round(1).trees.exists(), "the first job searches", lambda: head.job("logs", "first")[1])
+    status, output = head.job("stop", "first")
+    assert status == 0, output
+    until(lambda: not at_work(nodes), "nothing is at work", lambda: str(at_work(nodes)))
+    assert run.round(1).finished("search") is None
+
+    status, output = head.submit(*drive, timeout_s=RUN_S)
     assert status == 0, output[-6000:]
     assert "succeeded" in output
     assert "Traceback" not in output
-    at_work = dict(re.findall(r"(shard-\d+) is at work on node (\w+)", output))
-    assert len(at_work) == len(set(at_work.values())) == 2, at_work
-    run = RunDirectory(Path(head.environment["EVOLVE_RUNS"]) / "sent")
+    places = dict(re.findall(r"(shard-\d+) is at work on node (\w+)", output))
+    assert len(places) == len(set(places.values())) == 2, places
     manifest = run.round(1).manifest()
     assert set(manifest) == {"search", "rows", "sft", "ppm", "evaluation"}
     assert mended_parts(run.round(1).trees).count == manifest["search"]["trees"] >= 30
-    assert {name.split("-")[2] for name in manifest["search"]["parts"]} <= {"0", "1"}
     for stage in ("sft", "ppm"):
         assert digest(run.round(1).path / stage / "checkpoint") == manifest[stage]["digest"]
     assert damage(run.path) == []
-    deadline = time.monotonic() + 60
-    while left := [p.pid for node in nodes for p in processes_below(node) if any(own in title(p) for own in OURS)]:
-        assert time.monotonic() < deadline, left
-        time.sleep(0.5)
+    until(lambda: not at_work(nodes), "nothing is at work", lambda: str(at_work(nodes)))
 
 
-def processes_below(process: subprocess.Popen[bytes]) -> list[psutil.Process]:
-    return psutil.Process(process.pid).children(recursive=True)
+def at_work(nodes: list[subprocess.Popen[bytes]]) -> list[str]:
+    """Titles of the processes of a run on these nodes."""
+    below = [process for node in nodes for process in psutil.Process(node.pid).children(recursive=True)]
+    return [found for process in below if any(own in (found := title(process)) for own in OURS)]
+
+
+def until(true: Callable[[], bool], what: str, explain: Callable[[], str]) -> None:
+    deadline = time.monotonic() + START_S
+    while not true():
+        assert time.monotonic() < deadline, f"{what}: not after {START_S:.0f} s. {explain()[-3000:]}"
+        time.sleep(0.2)
