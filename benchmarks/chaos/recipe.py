@@ -3,13 +3,16 @@
 COMMON = (
     "conf=smoke", "wandb.mode=disabled", "problems.per_round=60", "problems.test_size=24", "toy.workers=1",
     "search.concurrent_trees=4", "sft.checkpoint_steps=4", "ppm.checkpoint_steps=4", "ppm.epochs=8",
-    "evaluate.search_problems=12", "evaluate.samples=2", "verifier.supervisors=1", "cluster.shards=2",
+    "evaluate.search_problems=12", "evaluate.samples=2", "verifier.supervisors=1",
     "cluster.restarts=99", "cluster.placement_timeout_s=1200",
 )  # fmt: skip
 """Restarts are many because the kills are."""
-SCRIPTED = (*COMMON, "toy.pretrain_steps=20", "toy.demonstrations=60", "toy.quoting_texts=60", "sft.replay=20")
+SCRIPTED = (
+    *COMMON, "cluster.shards=2", "toy.pretrain_steps=20", "toy.demonstrations=60", "toy.quoting_texts=60",
+    "sft.replay=20",
+)  # fmt: skip
 """For scripted engines: the base model only has to be one."""
-SERVED = (*COMMON, "toy.pretrain_steps=300")
+SERVED = (*COMMON, "cluster.shards=1", "toy.pretrain_steps=300")
 """For vLLM: the base model solves some problems."""
 
 ONE_A_NODE = ("policy.engine.gpus=0.55",)
