@@ -17,21 +17,23 @@ Engines are scripted (`benchmarks.scripted`), because sampling on a busy engine 
 from __future__ import annotations
 
 import argparse
+import math
 import re
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from random import Random
 
-from benchmarks.chaos.outcome import damage, differences, outcome
+from benchmarks.chaos.outcome import damage, differences, outcome, resumptions
 from benchmarks.chaos.plan import STAGES, TARGETS, Kill, Stage, plan_kills, works
 from benchmarks.chaos.recipe import SCRIPTED, SERVED
 from benchmarks.chaos.run import TWICE, Machines, Run, kill
 from benchmarks.common import Goal, finish, parser
 
+TRAINING = ("sft", "ppm")
 NODES = 2
 POLL_S = 0.03
 CENSUS_S = 1.0
@@ -56,6 +58,7 @@ class _Mending:
     log: int
     """Length of the log."""
     steps: int
+    """How many of the training were logged."""
 
     def done(self, run: Run, stage: Stage | None) -> bool:
         """Whether the work goes on."""
@@ -67,22 +70,28 @@ class _Mending:
             return re.search(rf"{SAID[target]}[^\n]* is back after", said) is not None
         if target in ("driver", "interrupt"):
             return re.search(r"^(base model|round \d+): ", said, re.MULTILINE) is not None
-        if self.stage[0] in ("sft", "ppm"):
-            return run.steps(self.stage) > self.steps
+        if self.stage[0] in TRAINING:
+            return len(run.steps(self.stage)) > self.steps
         if target == "node":
             return " is at work on node " in said
         return bool(set(run.candidates(target, self.stage)) - self.others)
 
 
 def undisturbed(run: Run) -> dict[Stage, float]:
-    """Wait for a run that is left alone; how long each stage took, seconds."""
-    durations: dict[Stage, float] = {}
+    """Wait for a run that is left alone. What each stage took: steps of a training, seconds otherwise."""
+    taken: dict[Stage, float] = {}
     for stage, began, now in _stages(run, []):
         if stage is not None:
-            durations[stage] = now - began
+            taken[stage] = now - began
     if run.process.wait() != 0:
         raise SystemExit(f"the undisturbed run failed:\n{run.log()[-4000:]}")
-    return durations
+    return taken | {stage: max(run.steps(stage)) for stage in STAGES if stage[0] in TRAINING}
+
+
+def _share(run: Run, stage: Stage, passed_s: float, taken: Mapping[Stage, float]) -> float:
+    """How much of a stage is behind."""
+    behind = max(run.steps(stage), default=0) if stage[0] in TRAINING else passed_s
+    return behind / taken.get(stage, 1.0)
 
 
 def _stages(run: Run, mending: list[_Mending]) -> Iterator[tuple[Stage | None, float, float]]:
@@ -106,7 +115,7 @@ def _stages(run: Run, mending: list[_Mending]) -> Iterator[tuple[Stage | None, f
         time.sleep(POLL_S)
 
 
-def disturb(run: Run, kills: Sequence[Kill], seed: int) -> list[str]:
+def disturb(run: Run, kills: Sequence[Kill], seed: int, taken: Mapping[Stage, float]) -> list[str]:
     """Carry out the kills until the run is done; fills in what became of each. Returns what went wrong on the way."""
     rng, started, waiting = Random(seed), time.monotonic(), list(kills)
     mending: list[_Mending] = []
@@ -114,7 +123,7 @@ def disturb(run: Run, kills: Sequence[Kill], seed: int) -> list[str]:
     while True:
         again = False
         for stage, began, now in _stages(run, mending):
-            if not waiting or stage is None or not waiting[0].due(stage, now - began):
+            if not waiting or stage is None or not waiting[0].due(stage, _share(run, stage, now - began, taken)):
                 continue
             if STAGES.index(stage) > waiting[0].place:
                 late = waiting.pop(0)
@@ -123,14 +132,14 @@ def disturb(run: Run, kills: Sequence[Kill], seed: int) -> list[str]:
                     waiting.insert(0, late)
                 elif late.postpone(stage):
                     waiting.append(late)
-                    waiting.sort(key=lambda k: (k.place, k.delay_s))
+                    waiting.sort(key=lambda k: (k.place, k.share))
                 continue
             target = waiting[0].target
             found = run.candidates(target, stage)
             if not found:
                 continue  # it is being started
             each = waiting.pop(0)
-            mending.append(_Mending(each, now, stage, set(found), len(run.log()), run.steps(stage)))
+            mending.append(_Mending(each, now, stage, set(found), len(run.log()), len(run.steps(stage))))
             each.at_s, each.during = round(now - started, 2), f"{stage[0]} {stage[1]}"
             each.detail = kill(rng.choice(sorted(found)), target, rng)
             if target in ("driver", "interrupt"):
@@ -190,10 +199,11 @@ def _compare(arguments: argparse.Namespace, targets: Sequence[str], directory: P
     recipe = SERVED if arguments.vllm else SCRIPTED
     began = time.monotonic()
     quiet = Run(directory / "undisturbed", engines, recipe)
-    durations = undisturbed(quiet)
-    print(f"undisturbed: {time.monotonic() - began:.0f} s", flush=True)
+    taken = undisturbed(quiet)
+    quiet_s = time.monotonic() - began
+    print(f"undisturbed: {quiet_s:.0f} s", flush=True)
     expected = outcome(quiet.path)
-    kills = plan_kills(arguments.kills, arguments.seed, targets, durations)
+    kills = plan_kills(arguments.kills, arguments.seed, targets)
     in_cluster = [each for number, each in enumerate(kills) if each.target == "node" or number % 2]
     parts = {"alone": [each for each in kills if each not in in_cluster], "in a cluster": in_cluster}
     if "node" not in targets:
@@ -205,7 +215,7 @@ def _compare(arguments: argparse.Namespace, targets: Sequence[str], directory: P
         began = time.monotonic()
         run = Run(directory / f"disturbed {name}", engines, recipe, machines)
         try:
-            faults += [f"{name}: {fault}" for fault in disturb(run, own, arguments.seed)]
+            faults += [f"{name}: {fault}" for fault in disturb(run, own, arguments.seed, taken)]
             left += len(run.left())
         finally:
             run.end()
@@ -216,8 +226,10 @@ def _compare(arguments: argparse.Namespace, targets: Sequence[str], directory: P
         faults += [f"{name}: {what} is damaged or left" for what in damage(run.path)]
         twice += sum(found[key] for key in found if key.startswith("trees twice"))
         print(f"disturbed, {name}: {time.monotonic() - began:.0f} s")
-        for each in own:
+        for each in sorted(own, key=lambda each: each.at_s or math.inf):
             print(_line(each), flush=True)
+        for resumed in resumptions(run.path):
+            print(f"  resumed: {resumed}")
     print(f"verdict: {'the same' if not faults else 'NOT the same:'}")
     for fault in faults:
         print(f"  {fault}")
@@ -228,7 +240,7 @@ def _compare(arguments: argparse.Namespace, targets: Sequence[str], directory: P
         "trees_twice": twice,
         "faults": len(faults),
         "processes_left": left,
-        "undisturbed_s": sum(durations.values()),
+        "undisturbed_s": quiet_s,
         "log": [asdict(each) for each in kills],
         "what": faults,
     }

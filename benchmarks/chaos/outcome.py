@@ -75,3 +75,15 @@ def damage(directory: Path) -> list[str]:
         wrong += [name for name, known in parts.items() if file_digest(place.trees / name) != known]
         wrong += [path.name for path in place.trees.glob("part-*") if path.name not in parts]
     return wrong + [str(path) for path in directory.glob("*lock.json")]
+
+
+def resumptions(directory: Path) -> list[str]:
+    """From which step each training that was interrupted went on."""
+    run = RunDirectory(directory)
+    found = []
+    for k in range(1, ROUNDS + 1):
+        for stage in ("sft", "ppm"):
+            metrics = run.round(k).manifest()[stage]["metrics"]
+            if metrics["resumed_from"]:
+                found.append(f"{stage} {k} from step {metrics['resumed_from']} of {metrics['steps']}")
+    return found

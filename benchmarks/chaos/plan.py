@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from random import Random
 
@@ -40,8 +40,8 @@ class Kill:
     target: str
     stage: str
     round: int
-    delay_s: float
-    """From when the stage was seen to begin."""
+    share: float
+    """When: this share of the stage is behind, of a training's steps, or else of the time it takes undisturbed."""
     at_s: float | None = None
     """Seconds since the disturbed run began; None: there was nothing to kill."""
     during: str = ""
@@ -54,10 +54,10 @@ class Kill:
         """Place of its stage among `STAGES`."""
         return STAGES.index((self.stage, self.round))
 
-    def due(self, stage: Stage, passed_s: float) -> bool:
-        """Whether it is time, `passed_s` seconds into a stage."""
+    def due(self, stage: Stage, share: float) -> bool:
+        """Whether it is time, with this share of a stage behind."""
         now = STAGES.index(stage)
-        return now > self.place or (now == self.place and passed_s >= self.delay_s)
+        return now > self.place or (now == self.place and share >= self.share)
 
     def postpone(self, after: Stage) -> bool:
         """Move it to the next stage after `after` in which its target works; False when there is none."""
@@ -72,7 +72,7 @@ def works(target: str, stage: Stage) -> bool:
     return stage[0] in TARGETS[target] and not (target == "ppm" and stage[1] == 0)
 
 
-def plan_kills(count: int, seed: int, targets: Sequence[str], durations: Mapping[Stage, float]) -> list[Kill]:
+def plan_kills(count: int, seed: int, targets: Sequence[str]) -> list[Kill]:
     """`count` kills in the order of the stages, each at a random moment of a stage in which its target works.
 
     Every other kill is the driver's, where it is among the targets, and the others take turns. Driver and interrupts
@@ -86,8 +86,8 @@ def plan_kills(count: int, seed: int, targets: Sequence[str], durations: Mapping
             name, k = fitting[sum(kill.target == target for kill in kills) % len(fitting)]
         else:
             name, k = rng.choice(fitting)
-        kills.append(Kill(target, name, k, rng.random() * 0.9 * durations.get((name, k), 1.0)))
-    return sorted(kills, key=lambda kill: (kill.place, kill.delay_s))
+        kills.append(Kill(target, name, k, 0.9 * rng.random()))
+    return sorted(kills, key=lambda kill: (kill.place, kill.share))
 
 
 def _turns(count: int, targets: Sequence[str]) -> list[str]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -98,10 +99,11 @@ class Run:
         directory = RunDirectory(self.path)
         return next((s for s in STAGES if directory.round(s[1]).finished(s[0]) is None), None)
 
-    def steps(self, stage: Stage) -> int:
-        """How many steps of a training stage were logged."""
+    def steps(self, stage: Stage) -> list[int]:
+        """The numbers of a training stage's steps as they were logged; after a resume some occur again."""
         file = RunDirectory(self.path).round(stage[1]).path / stage[0] / "metrics.jsonl"
-        return file.read_text().count("\n") if file.exists() else 0
+        lines = file.read_text().splitlines() if file.exists() else []
+        return [int(found[1]) for line in lines if (found := re.search(r'"step": (\d+)', line))]
 
     def tree(self) -> list[psutil.Process]:
         """The processes of this run now: those below the driver, or in the cluster."""
