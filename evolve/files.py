@@ -96,13 +96,18 @@ def storage_errors(path: Path) -> Iterator[None]:
         if number in _SPACE or (number is None and _room(path) < _FULL_BYTES):
             reason = os.strerror(number or errno.ENOSPC)
             mend = f"Free space there ({_room(path) / 2**30:.1f} GiB are free), then run the same command"
-        elif number in _RIGHTS:
+        elif number in _RIGHTS and _concerns(error, path):
             reason = os.strerror(number)
             mend = "Make it writable for this user, or choose another run.dir, then run the same command"
         else:
             raise
-        where = getattr(error, "filename", None) or path
-        raise StorageError(f"cannot write {where}: {reason}. {mend}; what is finished stays.") from error
+        raise StorageError(f"cannot write {path}: {reason}. {mend}; what is finished stays.") from error
+
+
+def _concerns(error: Exception, path: Path) -> bool:
+    """Whether what an error names, if anything, is beside or below `path`."""
+    name = getattr(error, "filename", None)
+    return name is None or Path(str(name)).is_relative_to(path.parent)
 
 
 def _room(path: Path) -> float:
