@@ -17,7 +17,7 @@ from typing import Any
 import pytest
 
 from benchmarks.chaos.outcome import damage, outcome
-from benchmarks.chaos.recipe import SCRIPTED
+from benchmarks.chaos.recipe import SCRIPTED_ROUND
 from evolve.store.run import RunDirectory
 
 ROOT = Path(__file__).parents[2]
@@ -26,8 +26,8 @@ PRIVATE_MOUNTS = ("unshare", "--mount") if os.geteuid() == 0 else ("unshare", "-
 
 
 def command(runs: Path) -> list[str]:
-    drive = (sys.executable, "-m", "benchmarks.chaos", "--drive", "benchmarks.scripted:engines", *SCRIPTED)
-    return [*drive, "round=1", "problems.per_round=30", "problems.test_size=8", f"run.dir={runs}"]
+    drive = (sys.executable, "-m", "benchmarks.chaos", "--drive", "benchmarks.scripted:engines", *SCRIPTED_ROUND)
+    return [*drive, f"run.dir={runs}"]
 
 
 def drive(runs: Path) -> tuple[int, str]:

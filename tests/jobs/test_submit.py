@@ -22,7 +22,7 @@ import psutil
 import pytest
 
 from benchmarks.chaos.outcome import damage
-from benchmarks.chaos.recipe import ONE_A_NODE, SCRIPTED
+from benchmarks.chaos.recipe import ONE_A_NODE, SCRIPTED_ROUND
 from benchmarks.chaos.run import OURS, title
 from evolve.policy.checkpoint import digest
 from evolve.store.parts import mended_parts
@@ -211,7 +211,7 @@ def test_who_has_no_token_is_refused(head, tmp_path, mode):
 
 def test_a_round_that_was_stopped_leaves_nothing_at_work_and_goes_on_over_two_nodes(head, nodes):
     """Engines are scripted and hold the pretended GPUs; search, sandboxes, training and evaluation are real."""
-    recipe = (*SCRIPTED, "run.name=sent", "round=1", "problems.per_round=30", "problems.test_size=8", *ONE_A_NODE)
+    recipe = (*SCRIPTED_ROUND, *ONE_A_NODE, "run.name=sent")
     drive = ("python", "-m", "benchmarks.chaos", "--drive", "benchmarks.scripted:engines", *recipe)
     run = RunDirectory(Path(head.environment["EVOLVE_RUNS"]) / "sent")
     status, output = head.job("submit", "--no-wait", "--submission-id", "first", "--working-dir", ".", "--", *drive)
