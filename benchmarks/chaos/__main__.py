@@ -61,15 +61,15 @@ class _Mending:
     """How many of the training were logged."""
 
     def done(self, run: Run, stage: Stage | None) -> bool:
-        """Whether the work goes on."""
+        """Whether the work goes on, or the stage was done without."""
         target = self.kill.target
-        if stage != self.stage and target in ("trainer", "mailbox", "supervisor", "interpreter"):
-            return True
         said = run.log()[self.log :]
-        if target in SAID:
-            return re.search(rf"{SAID[target]}[^\n]* is back after", said) is not None
         if target in ("driver", "interrupt"):
             return re.search(r"^(base model|round \d+): ", said, re.MULTILINE) is not None
+        if stage != self.stage:
+            return True
+        if target in SAID:
+            return re.search(rf"{SAID[target]}[^\n]* is back after", said) is not None
         if self.stage[0] in TRAINING:
             return len(run.steps(self.stage)) > self.steps
         if target == "node":

@@ -47,7 +47,7 @@ class Kill:
     during: str = ""
     detail: str = ""
     recovered_s: float | None = None
-    """Until the work went on or the actor was healthy again; None where the run ended before that was seen."""
+    """Until the work went on, the actor was healthy again, or the stage was done; None where the run ended before."""
 
     @property
     def place(self) -> int:
