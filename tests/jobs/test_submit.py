@@ -53,6 +53,7 @@ class Head:
     gcs: str
     """Where other nodes join."""
     environment: dict[str, str]
+    directory: Path
 
     def submit(self, *entrypoint: str, timeout_s: float = START_S, **changed: str) -> tuple[int, str]:
         """Exit status and output of `ray job submit --working-dir . -- ENTRYPOINT`."""
@@ -101,7 +102,7 @@ def head() -> Iterator[Head]:
         stderr=subprocess.STDOUT,
         start_new_session=True,
     )
-    found = Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", environment)
+    found = Head(f"http://127.0.0.1:{dashboard}", f"127.0.0.1:{gcs}", environment, directory)
     try:
         wait_for_jobs(found, process, directory / "log")
         yield found
@@ -112,10 +113,13 @@ def head() -> Iterator[Head]:
 
 @pytest.fixture
 def nodes(head: Head) -> Iterator[list[subprocess.Popen[bytes]]]:
-    """Two more raylets, each with a pretended GPU, joined as on other machines."""
+    """Two more raylets, each with a pretended GPU, joined as on other machines.
+
+    Each has a directory of its own, as machines have: else one that unpacks the job's files removes another's.
+    """
     started = []
     with ExitStack() as stack:
-        for _ in range(2):
+        for number in range(2):
             agent, agent_grpc, metrics = free_ports(3)
             process = subprocess.Popen(
                 [
@@ -123,6 +127,7 @@ def nodes(head: Head) -> Iterator[list[subprocess.Popen[bytes]]]:
                     *(f"--num-cpus={CPUS}", "--num-gpus=1", "--object-store-memory=100000000"),
                     *(f"--dashboard-agent-listen-port={agent}", f"--dashboard-agent-grpc-port={agent_grpc}"),
                     *(f"--metrics-export-port={metrics}", "--min-worker-port=0", "--max-worker-port=0"),
+                    f"--temp-dir={head.directory / f'node{number}'}",
                 ],
                 env=head.environment,
                 stdout=subprocess.DEVNULL,
