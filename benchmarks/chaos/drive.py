@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
@@ -50,6 +51,7 @@ def drive(engines: str, arguments: Sequence[str]) -> int:
 def _tell_pids(run: Any) -> None:
     aside = run.directory.path / f"{PIDS}.new"
     while True:
-        aside.write_text(json.dumps(run.fleet.watch.pids()))
-        aside.replace(run.directory.path / PIDS)
+        with contextlib.suppress(OSError):  # a full disk is what the driver itself is to speak of
+            aside.write_text(json.dumps(run.fleet.watch.pids()))
+            aside.replace(run.directory.path / PIDS)
         time.sleep(0.2)
