@@ -12,7 +12,7 @@
         trees/*.parquet    one row a node (evolve.store.trees.SCHEMA)
         sft/               rows.parquet, checkpoint/
         ppm/               rows.parquet, validation.parquet, checkpoint/
-        eval/              results.json and one row a problem as Parquet
+        eval/              records.json, what each problem's attempts came to; before, records.partial.jsonl
 
 An artefact counts as finished when the manifest names it, and it is named there only after it was renamed into place.
 """
