@@ -121,9 +121,13 @@ def disturb(run: Run, kills: Sequence[Kill], seed: int, taken: Mapping[Stage, fl
     mending: list[_Mending] = []
     faults: list[str] = []
     while True:
-        again = False
+        again, idle = False, 0.0
         for stage, began, now in _stages(run, mending):
-            if not waiting or stage is None or not waiting[0].due(stage, _share(run, stage, now - began, taken)):
+            if any(each.kill.target in ("driver", "interrupt") for each in mending):
+                idle = now  # until the driver is at work again, nothing of the stage goes by
+                continue
+            passed_s = now - max(began, idle)
+            if not waiting or stage is None or not waiting[0].due(stage, _share(run, stage, passed_s, taken)):
                 continue
             if STAGES.index(stage) > waiting[0].place:
                 late = waiting.pop(0)
