@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -107,7 +106,7 @@ def head() -> Iterator[Head]:
         wait_for_jobs(found, process, directory / "log")
         yield found
     finally:
-        end(process)
+        switch_off(process)
         shutil.rmtree(directory, ignore_errors=True)
 
 
@@ -158,22 +157,11 @@ def wait_for_jobs(head: Head, process: subprocess.Popen[bytes], log: Path) -> No
         time.sleep(0.2)
 
 
-def end(process: subprocess.Popen[bytes]) -> None:
-    """End `ray start --block` and, should one be left, the processes it started; none but those."""
-    below = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
-    process.send_signal(signal.SIGTERM)
-    try:
-        process.wait(timeout=30)
-    except subprocess.TimeoutExpired:
-        process.kill()
-    _, alive = psutil.wait_procs(below, timeout=10)
-    for left in alive:
-        left.kill()
-
-
 def switch_off(process: subprocess.Popen[bytes]) -> None:
-    """End a node at once, with all that is on it."""
-    for own in [psutil.Process(process.pid), *psutil.Process(process.pid).children(recursive=True)]:
+    """End a node at once, with all that is on it and nothing else."""
+    below = psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    process.kill()
+    for own in below:
         with suppress(psutil.NoSuchProcess):
             own.kill()
     process.wait()
