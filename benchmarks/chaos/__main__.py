@@ -19,6 +19,7 @@ from __future__ import annotations
 import argparse
 import math
 import re
+import signal
 import sys
 import tempfile
 import time
@@ -194,6 +195,7 @@ def main(argv: Sequence[str]) -> int:
     targets = arguments.targets.split(",")
     if unknown := [target for target in targets if target not in TARGETS]:
         made.error(f"unknown targets {', '.join(unknown)}; there are {', '.join(TARGETS)}")
+    signal.signal(signal.SIGTERM, lambda number, frame: sys.exit(128 + number))  # what was started is ended then
     with tempfile.TemporaryDirectory(prefix="chaos-") as directory:
         return _compare(arguments, targets, (arguments.keep or Path(directory)).absolute())
 
@@ -203,7 +205,10 @@ def _compare(arguments: argparse.Namespace, targets: Sequence[str], directory: P
     recipe = SERVED if arguments.vllm else SCRIPTED
     began = time.monotonic()
     quiet = Run(directory / "undisturbed", engines, recipe)
-    taken = undisturbed(quiet)
+    try:
+        taken = undisturbed(quiet)
+    finally:
+        quiet.end()
     quiet_s = time.monotonic() - began
     print(f"undisturbed: {quiet_s:.0f} s", flush=True)
     expected = outcome(quiet.path)
