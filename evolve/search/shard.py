@@ -114,29 +114,32 @@ class _Round:
     at_once: int = 1
     """Rollouts in flight of each tree."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
-    closed: asyncio.Event = field(default_factory=asyncio.Event)
+    flush: asyncio.Event = field(default_factory=asyncio.Event)
+    """There is reason to write a part before its time."""
+    closed: bool = False
     """No tree is to grow any longer."""
     errors: list[BaseException] = field(default_factory=list)
 
     async def run(self) -> None:
         """Grow what the board gives until it has nothing more."""
         self.at_once = self.job.concurrent_rollouts
-        flusher = asyncio.create_task(self._flush_regularly())
-        flusher.add_done_callback(self._ended)
+        writer = asyncio.create_task(self._write_parts())
+        writer.add_done_callback(self._ended)
         try:
-            while not self.closed.is_set() and await self._fill():
+            while not self.closed and await self._fill():
                 if self.errors:
                     raise self.errors[0]
         finally:
             for task in self.growing:
                 task.cancel()
             self.close()
-            await flusher
+            await writer
 
     def close(self) -> None:
         """Have `run` return soon, with everything durable that is finished."""
-        self.closed.set()
+        self.closed = True
         self.changed.set()
+        self.flush.set()
 
     async def _fill(self) -> bool:
         """Take as many trees as there is room for, then wait for a change; False when the round is over."""
@@ -182,7 +185,7 @@ class _Round:
         self.finished.append((batch, reference))
         await self.board.publish.remote(self.name, [(summary_of(tree), [reference])])
         if len(self.finished) >= PART_TREES:
-            await self._flush()
+            self.flush.set()
 
     async def _grow_tree(self, task: TreeTask, key: TreeKey) -> Tree:
         job, plan, problem = self.job, self.job.plan, task.problem
@@ -202,20 +205,19 @@ class _Round:
         await search.grow(tree, bare)
         return tree
 
-    async def _flush_regularly(self) -> None:
-        """Every so often, and at the end. It is never cancelled: a part that is being written is also announced."""
-        while not self.closed.is_set():
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(PART_SECONDS):
-                    await self.closed.wait()
-            await self._flush()
-
-    async def _flush(self) -> None:
-        finished, self.finished = self.finished, []
-        if finished:
-            name = f"part-{self.name}-{uuid.uuid4().hex[:8]}.parquet"
-            part = await asyncio.to_thread(write_part, self.job.trees, name, [batch for batch, _ in finished])
-            await self.board.durable.remote(part)
+    async def _write_parts(self) -> None:
+        """The only one who does, so that a part that is being written is also announced: this is never cancelled."""
+        while not self.closed or self.finished:
+            if not self.closed:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(PART_SECONDS):
+                        await self.flush.wait()
+                self.flush.clear()
+            finished, self.finished = self.finished, []
+            if finished:
+                name = f"part-{self.name}-{uuid.uuid4().hex[:8]}.parquet"
+                part = await asyncio.to_thread(write_part, self.job.trees, name, [batch for batch, _ in finished])
+                await self.board.durable.remote(part)
 
 
 def summary_of(tree: Tree) -> TreeSummary:
