@@ -116,12 +116,13 @@ def extract(
     shutil.rmtree(scratch, ignore_errors=True)
     scratch.mkdir(parents=True)
     groups = [parts[first : first + GROUP_PARTS] for first in range(0, len(parts), GROUP_PARTS)]
-    mined = [_mine.remote(group, scratch, number, ppm, retokenise) for number, group in enumerate(groups)]
+    retokenise_once, synthetic_once = ray.put(retokenise), ray.put(synthetic)  # large, and the same for all tasks
+    mined = [_mine.remote(group, scratch, number, ppm, retokenise_once) for number, group in enumerate(groups)]
     get(mined, timeout_s, "the extraction of training rows")
     ids = sorted(problems)
     buckets = [ids[first : first + BUCKET_PROBLEMS] for first in range(0, len(ids), BUCKET_PROBLEMS)]
     selected = [
-        _select.remote((bucket[0], bucket[-1]), scratch, number, sft, synthetic)
+        _select.remote((bucket[0], bucket[-1]), scratch, number, sft, synthetic_once)
         for number, bucket in enumerate(buckets)
     ]
     counts = get(selected, timeout_s, "the selection of training rows")

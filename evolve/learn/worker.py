@@ -14,17 +14,14 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import numpy as np
-import pyarrow as pa
-import pyarrow.compute as pc
 
 from evolve.files import publish_directory
-from evolve.learn import rows
+from evolve.learn.data import Data, gather_rows, load_data
 from evolve.learn.errors import LearningError, TrainingStopped, TrainingTimeoutError
 from evolve.learn.forest import Pairs
 from evolve.learn.jobs import RESULT_FILE, TrainJob, TrainResult
 from evolve.learn.mailbox import Outcome, Task
 from evolve.learn.packing import Completions, MicroBatch, plan_steps, worker_batches
-from evolve.learn.split import held_out
 from evolve.policy.checkpoint import digest
 from evolve.schema import PPMConfig, ScoreForm
 from evolve.service import get
@@ -35,12 +32,7 @@ _POLL_S = 20.0
 _ANSWER_S = 120.0
 """For the mailbox, which does nothing else, to answer."""
 _PROGRESS_S = 0.5
-_ATTENTION_BREAK_EVEN = 4
-"""Times the hidden size: the row length at which attention costs as much as the rest. Measured: 530 tokens at
-hidden size 128 on a CPU (65 µs a token at length 128, 150 µs at 1024)."""
-
 T = TypeVar("T")
-Data = Completions | Pairs
 Report = Callable[[Mapping[str, float]], bool]
 """Takes a step's metrics to the driver; false when the training is to stop."""
 
@@ -152,6 +144,7 @@ def _prepare(job: TrainJob) -> TrainResult | None:
     if not (Path(job.initial) / "config.json").is_file():
         raise LearningError(f"{job.initial} is no checkpoint directory: it has no config.json")
     job.partial.mkdir(parents=True, exist_ok=True)
+    gather_rows(job)
     return None
 
 
@@ -433,24 +426,3 @@ class Training:
         """Free the engine, so that the next job has the memory."""
         self.engine.destroy()
         del self.engine, self.model
-
-
-def load_data(job: TrainJob, hidden_size: int) -> tuple[Data, Pairs | None]:
-    """Training items and, for a PPM, validation items: pairs of problems that training never sees."""
-    table = rows.read(job.rows)
-    config = job.config
-    if not isinstance(config, PPMConfig):
-        return Completions(table, config.max_length), None
-    held = {name: held_out(name, config.validation_share) for name in table.column("problem_id").unique().to_pylist()}
-    mask = pa.array([held[name] for name in table.column("problem_id").to_pylist()], type=pa.bool_())
-
-    def pairs(part: pa.Table) -> Pairs:
-        return Pairs(
-            part,
-            max_length=config.max_length,
-            break_even=_ATTENTION_BREAK_EVEN * hidden_size,
-            budget=config.rows_tokens,
-            batch=config.batch,
-        )
-
-    return pairs(table.filter(pc.invert(mask))), pairs(table.filter(mask))

@@ -67,7 +67,7 @@ def measure(
     waiting: deque[Sequence[Problem]] = deque(problems[i :: len(fleet.groups)] for i in range(len(fleet.groups)))
     working: dict[Any, tuple[Any, Sequence[Problem]]] = {}
     progress: dict[Any, tuple[Question, int]] = {}
-    rows: dict[str, dict[str, Any]] = {}
+    records: dict[str, Record] = {}
     while waiting or working:
         fleet.poll()
         tell()
@@ -75,7 +75,8 @@ def measure(
             evaluator, share = working.pop(ref)
             progress.pop(evaluator, None)
             try:
-                rows |= {row["problem_id"]: row for row in get(ref, 60, "an evaluator's records")}
+                found = get(ref, 60, "an evaluator's records")
+                records |= {row["problem_id"]: record_from(row) for row in found}
             except RayTaskError:
                 raise
             except RayActorError:
@@ -86,11 +87,11 @@ def measure(
                 share = waiting.popleft()
                 working[group.evaluator.evaluate.remote(share, job)] = (group.evaluator, share)
                 progress[group.evaluator] = (Question(group.evaluator.done.remote, PROGRESS_S), 0)
-        line.show(f"{_name(k)}: evaluating, {len(rows) + _heard(progress)}/{len(problems)} problems")
+        line.show(f"{_name(k)}: evaluating, {len(records) + _heard(progress)}/{len(problems)} problems")
         if time.monotonic() > deadline:
             raise ServiceError(f"{_name(k)}: evaluation is not done after cluster.stage_timeout_s")
         time.sleep(POLL_S)
-    return [record_from(rows[problem.id]) for problem in problems]
+    return [records[problem.id] for problem in problems]
 
 
 def _name(k: int) -> str:
