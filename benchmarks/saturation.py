@@ -1,12 +1,12 @@
 """How busy the search keeps an engine: slot-seconds in use, beside a lockstep schedule over the same trees.
 
-    python -m benchmarks.saturation [--trees 384] [--speed 1] [--json FILE] [--check]
+    python -m benchmarks.saturation [--trees 160] [--speed 1] [--json FILE] [--check]
 
 The engine is simulated (`evolve.policy.simulated`: 256 slots, a 7B model on one 80 GB GPU); shard, board, services and
 the sandboxed verifier are the real ones, and so are the verifier's latencies. A slot is busy while it holds a sequence.
 Counted between 5 % and 90 % of the run, so that neither the first prompts nor the last trees are; the tail, the last
 10 %, is shown beside it. With a speed above 1 the verifier's latencies weigh that much more, for the engine is that
-much faster.
+much faster. It takes about five minutes, two of them for the shard.
 
 The baseline advances the trees in lockstep, as the reference implementation does: a batch of as many trees as the
 shard grows at once; all generate, then all execute, then all generate again, until the whole batch is done.
@@ -152,7 +152,7 @@ def one_schedule(
     }
 
 
-def measure(trees: int, slots: int = 256, speed: float = 1.0, rollouts: int = 4, at_once: int = 96) -> dict[str, Any]:
+def measure(trees: int, slots: int = 256, speed: float = 1.0, rollouts: int = 2, at_once: int = 96) -> dict[str, Any]:
     """Both schedules; needs Ray."""
     problems = sum_problems(trees, 3)
     with tempfile.TemporaryDirectory() as directory:
@@ -179,7 +179,7 @@ def measure(trees: int, slots: int = 256, speed: float = 1.0, rollouts: int = 4,
 
 def main() -> int:
     made = parser("saturation", __doc__)
-    made.add_argument("--trees", type=int, default=384, help="trees of each schedule (384)")
+    made.add_argument("--trees", type=int, default=160, help="trees of each schedule (160)")
     made.add_argument("--speed", type=float, default=1.0, help="how much faster than real the engine is (1)")
     arguments = made.parse_args()
     with local_ray():

@@ -2,21 +2,23 @@
 
     python -m benchmarks.scaling [--shards 1 2 4 8 16] [--json FILE] [--check]
 
-Every shard has a simulated engine, and every size grows the same number of trees a shard. All of it runs on this
-machine, so the engines are slowed until its CPU is not the limit: a first run with an engine that answers at once
-tells what a candidate costs, and the speed is chosen so that the largest size takes at most `LOAD` of the cores. The
-speed is printed, and so is how many shards with engines at full speed one core can drive. Execution is stubbed out (a
-node brings its own CPUs for that). Efficiency is trees a second and shard, over those of one shard.
+Every shard has a simulated engine, and every size grows the same problems over again for every shard. All of it runs on
+this machine, so the engines are slowed until its CPU is not the limit: a first run of one shard at full speed tells
+what a candidate costs, and the speed is chosen so that the largest size takes at most `LOAD` of the cores. The speed is
+printed, and so is how many shards with engines at full speed one core can drive. Execution is stubbed out (a node
+brings its own CPUs for that). Efficiency is trees a second and shard, over those of one shard.
+
+The pretended nodes are of one cluster, which grows with the sizes: a raylet takes CPU, too.
 """
 
 from __future__ import annotations
 
-import math
 import os
 import sys
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -55,15 +57,20 @@ class Node(SimulatedPolicy):
 
 
 @contextmanager
-def pretended_nodes(count: int) -> Iterator[list[str]]:
-    """A Ray cluster of this machine's own with so many nodes; yields their ids."""
+def pretended_nodes() -> Iterator[Callable[[int], list[str]]]:
+    """A Ray cluster of this machine's own; yields what makes it so many nodes, its head aside, and tells their ids."""
     cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
-    try:
-        for _ in range(count):
+    ray.init(address=cluster.address, log_to_driver=False)
+
+    def grow(count: int) -> list[str]:
+        while len(cluster.worker_nodes) < count:
             cluster.add_node(num_cpus=1, resources={"shard": 1})
-        ray.init(address=cluster.address, log_to_driver=False)
         cluster.wait_for_nodes(timeout=300)
-        yield [node["NodeID"] for node in ray.nodes() if node["Alive"] and "shard" in node["Resources"]]
+        found = [node["NodeID"] for node in ray.nodes() if node["Alive"] and "shard" in node["Resources"]]
+        return sorted(found)[:count]
+
+    try:
+        yield grow
     finally:
         ray.shutdown()
         for node in [*cluster.worker_nodes, cluster.head_node]:
@@ -71,31 +78,36 @@ def pretended_nodes(count: int) -> Iterator[list[str]]:
         cluster.shutdown()  # a cluster that is gone is no longer the one that a plain `ray.init()` joins
 
 
-def one_size(shards: int, trees_a_shard: int, speed: float, at_once: int) -> dict[str, Any]:
-    """One cluster of so many nodes, from its start to its end."""
-    with pretended_nodes(shards) as nodes, tempfile.TemporaryDirectory() as directory:
+def one_size(nodes: Sequence[str], trees_a_shard: int, speed: float, at_once: int) -> dict[str, Any]:
+    """A shard on each of these nodes, from their start to their end."""
+    shards = len(nodes)
+    with tempfile.TemporaryDirectory() as directory:
         members = []
         for number, node in enumerate(nodes):
             placed = {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=False)}
             members.append(scene.member(number, partial(Node, speed), None, placed))
-        job = scene.job_of(scene.plan(rollouts=4), Path(directory, "trees"), at_once)
-        warm = scene.job_of(job.plan, Path(directory, "warm"), at_once)
-        scene.grow(members, sum_problems(2 * shards, 4), warm)
-        before, requests = cpu_seconds(), total(members, "requests")
-        progress, seconds = scene.grow(members, sum_problems(trees_a_shard * shards, 5), job)
-        requests = total(members, "requests") - requests
+        job = scene.job_of(scene.plan(rollouts=2), Path(directory, "trees"), at_once)
+        warm = scene.job_of(scene.plan(rollouts=1, candidates=2), Path(directory, "warm"), at_once)
+        scene.grow(members, sum_problems(shards, 4, longest=3), warm, poll_s=0.2)
+        before, counted = cpu_seconds(), {name: total(members, name) for name in ("requests", "generated_tokens")}
+        problems = [
+            replace(problem, id=f"{problem.id}-{copy}")
+            for problem in sum_problems(trees_a_shard, 5)
+            for copy in range(shards)
+        ]
+        progress, seconds = scene.grow(members, problems, job)
         parts = spent(before, cpu_seconds())
-        a_candidate = total(members, "generated_tokens") / total(members, "requests") / job.plan.candidates
+        candidates = (total(members, "requests") - counted["requests"]) * job.plan.candidates
+        tokens = total(members, "generated_tokens") - counted["generated_tokens"]
         for member in members:
             member.close()
-    candidates = requests * job.plan.candidates
     return {
         "shards": shards,
         "trees": progress.trees,
         "seconds": seconds,
         "trees_per_s": progress.trees / seconds,
         "candidates_per_s": candidates / seconds,
-        "tokens_per_candidate": a_candidate,
+        "tokens_per_candidate": tokens / candidates,
         "cpu_ms_per_candidate": sum(parts.values()) * 1e3 / candidates,
         "driver_ms_per_tree": parts.get("driver", 0.0) * 1e3 / progress.trees,
         "board_ms_per_tree": parts.get("Board", 0.0) * 1e3 / progress.trees,
@@ -108,20 +120,24 @@ def total(members: Sequence[scene.Member], counter: str) -> float:
     return sum(member.stats()[counter] for member in members)
 
 
-def measure(sizes: Sequence[int], trees_a_shard: int = 40, at_once: int = 20) -> dict[str, Any]:
-    """All sizes, one after the other; starts clusters of its own."""
-    free = one_size(1, trees_a_shard, math.inf, at_once)
-    rates, cost_s = Rates(), free["cpu_ms_per_candidate"] / 1e3
-    tokens_per_s = SLOTS / (rates.iteration_s + SLOTS * rates.sequence_s)
-    full_rate = tokens_per_s / free["tokens_per_candidate"]
+def measure(
+    sizes: Sequence[int], trees_a_shard: int = 16, at_once: int = 10, full_speed: float = 1.0
+) -> dict[str, Any]:
+    """All sizes, one after the other, in a cluster of their own; engines are `full_speed` times real at most."""
     cores = len(os.sched_getaffinity(0))
-    speed = min(1.0, LOAD * cores / (max(sizes) * full_rate * cost_s))
-    rows = [one_size(size, trees_a_shard, speed, at_once) for size in sizes]
+    with pretended_nodes() as nodes:
+        paced = one_size(nodes(1), max(1, trees_a_shard // 2), full_speed, at_once)
+        rates, cost_s = Rates(), paced["cpu_ms_per_candidate"] / 1e3
+        tokens_per_s = SLOTS / (rates.iteration_s + SLOTS * rates.sequence_s)
+        full_rate = tokens_per_s / paced["tokens_per_candidate"]
+        speed = min(full_speed, LOAD * cores / (max(sizes) * full_rate * cost_s))
+        rows = [one_size(nodes(size), trees_a_shard, speed, at_once) for size in sizes]
     for row in rows:
         row["efficiency"] = row["trees_per_s"] / row["shards"] / (rows[0]["trees_per_s"] / rows[0]["shards"])
         row["driver_ratio"] = row["driver_ms_per_tree"] / rows[0]["driver_ms_per_tree"]
     return {
         "speed": speed,
+        "slow_down_factor": 1 / speed,
         "full_rate_shards_per_core": 1 / (full_rate * cost_s),
         "most_shards": rows[-1]["shards"],
         "efficiency_at_most_shards": rows[-1]["efficiency"],
@@ -133,7 +149,7 @@ def measure(sizes: Sequence[int], trees_a_shard: int = 40, at_once: int = 20) ->
 def main() -> int:
     made = parser("scaling", __doc__)
     made.add_argument("--shards", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="sizes (1 2 4 8 16)")
-    made.add_argument("--trees", type=int, default=40, help="trees a shard (40)")
+    made.add_argument("--trees", type=int, default=16, help="trees a shard (16)")
     arguments = made.parse_args()
     record = measure(sorted(arguments.shards), arguments.trees)
     show_rows(
