@@ -11,8 +11,8 @@
         manifest.json      what is finished: artefact -> digest and counts
         trees/*.parquet    one row a node (evolve.store.trees.SCHEMA)
         sft/               rows.parquet, checkpoint/
-        ppm/               rows.parquet, validation.parquet, checkpoint/
-        eval/              results.json and one row a problem as Parquet
+        ppm/               rows.parquet, checkpoint/
+        eval/              records.json: one record a problem
 
 An artefact counts as finished when the manifest names it, and it is named there only after it was renamed into place.
 """
