@@ -35,7 +35,7 @@ from evolve.search.seeds import tree_seed
 from evolve.search.shard import SearchJob
 from evolve.service import RemotePolicy, RemoteVerifier, ServiceClient, get
 from evolve.tree import Tree
-from evolve.types import Candidate, Policy, Problem, Sampling
+from evolve.types import Candidate, Policy, Problem, Sampling, Verifier
 
 GOALS = [Goal("busy", "at least", 0.95)]
 FROM, TO = 0.05, 0.90
@@ -91,6 +91,11 @@ async def grow_in_lockstep(member: scene.Member, problems: Sequence[Problem], jo
     """The same trees as a shard grows, a batch of them after the other; returns how many rollouts they had."""
     policy = RemotePolicy(ServiceClient(member.policy, "policy engine", scene.TIMEOUT_S, expects=job.policy))
     verifier = RemoteVerifier(ServiceClient(member.verifier, "verifier", scene.TIMEOUT_S))
+    return await grow_batches(policy, verifier, problems, job)
+
+
+async def grow_batches(policy: Policy, verifier: Verifier, problems: Sequence[Problem], job: SearchJob) -> int:
+    """As `grow_in_lockstep`, with any policy and verifier."""
     fmt, rollouts = format_named(job.format), 0
 
     async def one(problem: Problem, gate: Gate) -> int:
