@@ -32,6 +32,9 @@ PART_TREES = 64
 """Finished trees that make a part file."""
 PART_SECONDS = 15.0
 """A finished tree is durable after at most so long."""
+TAKEN_AT_ONCE = 4
+"""Trees that a shard asks the board for in one call: the longest go first, and the first shard to ask must not get them
+all."""
 IDLE_S = 0.25
 """How long a shard waits before it asks the board again, when that had nothing for it."""
 
@@ -142,10 +145,11 @@ class _Round:
         self.flush.set()
 
     async def _fill(self) -> bool:
-        """Take as many trees as there is room for, then wait for a change; False when the round is over."""
+        """Take trees while there is room, then wait for a change; False when the round is over."""
         self.changed.clear()
         room = self.job.concurrent_trees - len(self.growing)
-        tasks = await self.board.take.remote(self.name, room) if room else []
+        asked = min(room, TAKEN_AT_ONCE)
+        tasks = await self.board.take.remote(self.name, asked) if asked else []
         if tasks is None and not self.growing:
             return False
         for task in tasks or []:
@@ -154,6 +158,8 @@ class _Round:
             growth.add_done_callback(self._ended)
         if room and not tasks:
             self._widen()
+        if tasks and room > len(tasks) == asked:
+            return True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(IDLE_S if room > len(tasks or []) else None):
                 await self.changed.wait()

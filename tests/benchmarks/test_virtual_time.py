@@ -7,10 +7,11 @@ board and an execution take as long as they are said to.
 
 import asyncio
 from collections.abc import Callable, Coroutine, Sequence
+from dataclasses import replace
 from pathlib import Path
 from random import Random
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, TypeVar
 
 import pytest
 
@@ -27,6 +28,9 @@ from evolve.types import Outcome, Problem, Verdict
 
 SLOTS, TREES, AT_ONCE = 256, 160, 96
 CALL_S, EXECUTION_S, GRADE_S = 0.002, 0.05, 0.01
+JOB = scene.job_of(scene.plan(rollouts=2), Path("none"), AT_ONCE)
+
+T = TypeVar("T")
 
 
 class VirtualTime(asyncio.SelectorEventLoop):
@@ -72,38 +76,51 @@ def remote(method: Callable[..., Any]) -> SimpleNamespace:
     return SimpleNamespace(remote=call)
 
 
-async def by_a_shard(problems: Sequence[Problem], job: SearchJob, policy: SimulatedPolicy) -> int:
-    board = Board(EscalatingBudget(job.plan), problems, (), job.trees)
+async def by_shards(problems: Sequence[Problem], job: SearchJob, policies: Sequence[SimulatedPolicy]) -> int:
+    """Grow the trees by as many shards as there are engines; returns how many rollouts they had."""
+    board = Board(EscalatingBudget(job.plan), problems, (), job.trees, len(policies))
     calls = SimpleNamespace(**{name: remote(getattr(board, name)) for name in ("take", "publish", "durable")})
-    candidates = job.plan.candidates
-    expander = Expander(policy, SlowVerifier(), format_named(job.format), job.sampling, candidates, job.max_depth)
-    await shard._Round("s", job, calls, expander).run()
+
+    async def one(name: str, policy: SimulatedPolicy) -> None:
+        candidates = job.plan.candidates
+        expander = Expander(policy, SlowVerifier(), format_named(job.format), job.sampling, candidates, job.max_depth)
+        await shard._Round(name, job, calls, expander).run()
+
+    await asyncio.gather(*(one(f"shard-{number}", policy) for number, policy in enumerate(policies)))
     assert board.progress().done
     return board.progress().rollouts
+
+
+async def by_a_shard(problems: Sequence[Problem], job: SearchJob, policy: SimulatedPolicy) -> int:
+    return await by_shards(problems, job, [policy])
 
 
 async def in_lockstep(problems: Sequence[Problem], job: SearchJob, policy: SimulatedPolicy) -> int:
     return await saturation.grow_batches(policy, SlowVerifier(), problems, job)
 
 
-def busy(grow: Callable[..., Coroutine[Any, Any, int]]) -> tuple[float, float, int]:
-    """Share of busy slots from 5 % to 90 % of the run, its model seconds, and how many rollouts there were."""
-    policy = scene.engine(SLOTS, 1.0)()
-    job = scene.job_of(scene.plan(rollouts=2), Path("none"), AT_ONCE)
-
-    async def run() -> tuple[float, float, int]:
-        rollouts = await grow(sum_problems(TREES, 3), job, policy)
-        timeline = await policy.timeline()
-        return saturation.busy_share(timeline, SLOTS, saturation.FROM, saturation.TO), timeline[-1][0], rollouts
-
+def in_virtual_time(work: Coroutine[Any, Any, T]) -> T:
     loop = VirtualTime()
     try:
-        return loop.run_until_complete(run())
+        return loop.run_until_complete(work)
     finally:
         loop.close()
 
 
-def test_a_shard_keeps_an_engines_slots_busy_where_lockstep_does_not(monkeypatch: pytest.MonkeyPatch) -> None:
+def busy(grow: Callable[..., Coroutine[Any, Any, int]]) -> tuple[float, float, int]:
+    """Share of busy slots from 5 % to 90 % of the run, its model seconds, and how many rollouts there were."""
+
+    async def run() -> tuple[float, float, int]:
+        policy = scene.engine(SLOTS, 1.0)()
+        rollouts = await grow(sum_problems(TREES, 3), JOB, policy)
+        timeline = await policy.timeline()
+        return saturation.busy_share(timeline, SLOTS, saturation.FROM, saturation.TO), timeline[-1][0], rollouts
+
+    return in_virtual_time(run())
+
+
+@pytest.fixture(autouse=True)
+def no_ray_and_no_files(monkeypatch: pytest.MonkeyPatch) -> None:
     async def at_once(function: Callable[..., Any], *arguments: Any) -> Any:
         return function(*arguments)
 
@@ -113,6 +130,9 @@ def test_a_shard_keeps_an_engines_slots_busy_where_lockstep_does_not(monkeypatch
     monkeypatch.setattr(shard, "ray", SimpleNamespace(put=lambda batch: batch))
     monkeypatch.setattr(shard, "write_part", keep_nothing)
     monkeypatch.setattr(asyncio, "to_thread", at_once)
+
+
+def test_a_shard_keeps_an_engines_slots_busy_where_lockstep_does_not() -> None:
     share, seconds, rollouts = busy(by_a_shard)
     lockstep_share, lockstep_seconds, lockstep_rollouts = busy(in_lockstep)
     assert rollouts == lockstep_rollouts == 2 * TREES
@@ -120,3 +140,17 @@ def test_a_shard_keeps_an_engines_slots_busy_where_lockstep_does_not(monkeypatch
     assert goal.met({"busy": share}), share
     assert lockstep_share < 0.8
     assert lockstep_seconds > 1.2 * seconds
+
+
+def test_stragglers_leave_no_other_shard_idle_at_the_end_of_a_round() -> None:
+    async def ends() -> list[float]:
+        policies = [scene.engine(64, 1.0)() for _ in range(4)]
+        await by_shards(sum_problems(96, 3), replace(JOB, concurrent_trees=24), policies)
+        ended = []
+        for policy in policies:
+            timeline = await policy.timeline()
+            ended.append(next(at for at, busy in timeline if busy >= timeline[-1][1]))
+        return ended
+
+    ended = in_virtual_time(ends())
+    assert min(ended) > 0.85 * max(ended), ended
