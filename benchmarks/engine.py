@@ -1,6 +1,6 @@
 """A real engine under search against the same engine given all the same prompts at once.
 
-    python -m benchmarks.engine [--trees 240] [--json FILE] [--check]
+    python -m benchmarks.engine [--trees 400] [--json FILE] [--check]
 
 The model is the tiny world's, pre-trained here for as long as it takes to write steps that parse; vLLM's CPU build
 serves it. First a shard grows trees with it. Then a fresh engine, so that nothing is cached, gets the very requests
@@ -70,7 +70,7 @@ def requests_of(tree: Tree, job: SearchJob) -> list[Request]:
 
 
 def measure(
-    make: Callable[[], Any], checkpoint: tuple[str, str], problems: Sequence[Problem], core: int, rollouts: int = 8
+    make: Callable[[], Any], checkpoint: tuple[str, str], problems: Sequence[Problem], core: int, rollouts: int = 4
 ) -> dict[str, Any]:
     """Both runs, with engines that `make` makes, bound to a core; needs Ray."""
     with tempfile.TemporaryDirectory() as directory:
@@ -106,7 +106,7 @@ def measure(
 
 def main() -> int:
     made = parser("engine", __doc__)
-    made.add_argument("--trees", type=int, default=240, help="trees to grow (240)")
+    made.add_argument("--trees", type=int, default=400, help="trees to grow (400)")
     made.add_argument("--pretrain-steps", type=int, default=500, help="of the tiny model (500)")
     arguments = made.parse_args()
     with tempfile.TemporaryDirectory() as directory:

@@ -10,7 +10,7 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +52,20 @@ def publish_json(path: Path, value: Any) -> None:
     """Publish `value` as indented JSON."""
     text = json.dumps(value, indent=2, ensure_ascii=False) + "\n"
     publish_file(path, lambda aside: aside.write_text(text))
+
+
+def publish_rows(path: Path, rows: Iterable[Any]) -> None:
+    """Publish rows as a JSON list, one a line; one of them is held at a time."""
+
+    def write(aside: Path) -> None:
+        with aside.open("w") as file:
+            separator = "["
+            for row in rows:
+                file.write(f"{separator}\n{json.dumps(row, ensure_ascii=False)}")
+                separator = ","
+            file.write("[]\n" if separator == "[" else "\n]\n")
+
+    publish_file(path, write)
 
 
 def publish_directory(aside: Path, path: Path) -> None:

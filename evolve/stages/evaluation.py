@@ -13,7 +13,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from evolve import report
 from evolve.evaluate import EvalJob, Record, record_from, table
-from evolve.files import publish_json
+from evolve.files import publish_rows
 from evolve.fleet import Checkpoint, Fleet
 from evolve.progress import ProgressLine, duration
 from evolve.schema import EvolveConfig
@@ -35,7 +35,7 @@ def evaluate(run: Run, k: int) -> None:
     records = measure(run.config, run.fleet, k, policy, run.ppm(k), run.problems.test, run.line, lambda: run.tell([]))
     rows = [asdict(row) for row in table(records, run.config.evaluate.bootstrap_resamples)]
     directory.eval.mkdir(parents=True, exist_ok=True)
-    publish_json(directory.eval / "records.json", [asdict(record) for record in records])
+    publish_rows(directory.eval / "records.json", map(asdict, records))
     seconds = time.monotonic() - started
     skipped = sum(record.skipped for record in records)
     directory.record("evaluation", rows=rows, problems=len(records), skipped=skipped, seconds=seconds)
@@ -56,6 +56,7 @@ def measure(
 ) -> list[Record]:
     """One record a problem, in their order, from all shards of a fleet, which is made to serve the checkpoints.
 
+    The records are all in memory: about 10 kB a held-out problem with 64 samples, however large the rounds are.
     What a dead evaluator held is evaluated again. `tell` is called about once a second while this waits.
 
     Raises:
