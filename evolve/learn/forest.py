@@ -241,17 +241,17 @@ def _grouped(table: pa.Table, usable: np.ndarray) -> tuple[Iterator[list[list[in
     order = np.lexsort(columns[::-1])
     pairs, columns = usable[order], columns[:, order]
     differs = columns[:, 1:] != columns[:, :-1]
-    starts = [0, *(np.flatnonzero(differs.any(axis=0)) + 1).tolist()] if len(pairs) else []
-    new_tree = {0, *(np.flatnonzero(differs[:3].any(axis=0)) + 1).tolist()}
+    bounds = [0, *(np.flatnonzero(differs.any(axis=0)) + 1).tolist(), len(pairs)]
+    new_tree = set((np.flatnonzero(differs[:3].any(axis=0)) + 1).tolist())
     weights = np.zeros(table.num_rows)
-    spans = list(zip(starts, [*starts[1:], len(pairs)], strict=True))
+    spans = list(pairwise(bounds)) if len(pairs) else []
     for start, end in spans:
         weights[pairs[start:end]] = 1.0 / (end - start)
 
     def trees() -> Iterator[list[list[int]]]:
         nodes: list[list[int]] = []
         for start, end in spans:
-            if nodes and start in new_tree:
+            if start in new_tree:
                 yield nodes
                 nodes = []
             nodes.append(pairs[start:end].tolist())

@@ -184,6 +184,11 @@ def test_pairs_are_grouped_by_node_and_tree_in_the_order_of_their_keys(
     assert data.weights == pytest.approx(np.ones(len(found)))
 
 
+def test_no_pairs_make_no_items() -> None:
+    data = Pairs(rows.to_table([], StepPair), max_length=512, break_even=1e9, budget=512, batch=8)
+    assert (data.pairs, len(data.lengths), data.overlong, data.unsupervised) == (0, 0, 0, 0)
+
+
 def test_no_problem_is_on_both_sides_of_the_split(tmp_path: Path, step_pairs: Callable[..., list[StepPair]]) -> None:
     some = step_pairs(40)
     rows.write(rows.to_table(some), tmp_path / "pairs.parquet")
@@ -196,3 +201,7 @@ def test_no_problem_is_on_both_sides_of_the_split(tmp_path: Path, step_pairs: Ca
     assert 0 < len(held) < 40
     assert validation.pairs == sum(p.problem_id in held for p in some)
     assert train.sizes.sum() == len(some) - validation.pairs
+    none_held = replace(job, config=replace(config, validation_share=0.0))
+    gather_rows(none_held)
+    train, validation = load_data(none_held, 64)
+    assert (train.sizes.sum(), validation.pairs) == (len(some), 0)
