@@ -6,6 +6,7 @@ import contextlib
 import errno
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -19,6 +20,8 @@ from evolve.errors import EvolveError
 _ASIDE = re.compile(r"\..+\.[0-9a-f]{8}")
 _SPACE = (errno.ENOSPC, errno.EDQUOT)
 _RIGHTS = (errno.EROFS, errno.EACCES, errno.EPERM)
+_FULL_BYTES = 2**20
+"""With less a file system counts as full, when something could not be written."""
 
 
 class StorageError(EvolveError):
@@ -93,24 +96,40 @@ def remove_asides(directory: Path) -> None:
 
 @contextlib.contextmanager
 def storage_errors(path: Path) -> Iterator[None]:
-    """Turn "disk full" and "may not write" into a `StorageError` that says what to do."""
+    """Turn "disk full" and "may not write" into a `StorageError` that says what to do.
+
+    Libraries that write files in their own way (safetensors, torch) fail with exceptions of their own, of which none
+    is for a full disk alone: with one of them, a file system that has no room left is taken for the reason.
+    """
     try:
         yield
-    except OSError as error:
-        if error.errno in _SPACE:
-            mend = f"Free space there ({_free(path)}), then run the same command"
-        elif error.errno in _RIGHTS:
+    except StorageError:
+        raise
+    except Exception as error:
+        number = error.errno if isinstance(error, OSError) else None
+        if number in _SPACE or (number is None and _room(path) < _FULL_BYTES):
+            reason = os.strerror(number or errno.ENOSPC)
+            mend = f"Free space there ({_room(path) / 2**30:.1f} GiB are free), then run the same command"
+        elif number in _RIGHTS and _concerns(error, path):
+            reason = os.strerror(number)
             mend = "Make it writable for this user, or choose another run.dir, then run the same command"
         else:
             raise
-        raise StorageError(f"cannot write {path}: {error.strerror}. {mend}; what is finished stays.") from error
+        raise StorageError(f"cannot write {path}: {reason}. {mend}; what is finished stays.") from error
 
 
-def _free(path: Path) -> str:
+def _concerns(error: Exception, path: Path) -> bool:
+    """Whether what an error names, if anything, is beside or below `path`."""
+    name = getattr(error, "filename", None)
+    return name is None or Path(str(name)).is_relative_to(path.parent)
+
+
+def _room(path: Path) -> float:
+    """Free bytes of the file system below `path`; inf where that is not known."""
     with contextlib.suppress(OSError):
-        existing = next(parent for parent in path.absolute().parents if parent.exists())
-        return f"{shutil.disk_usage(existing).free / 2**30:.1f} GiB are free"
-    return "how much is free is not known"
+        existing = next(place for place in (path.absolute(), *path.absolute().parents) if place.exists())
+        return float(shutil.disk_usage(existing).free)
+    return math.inf
 
 
 def file_digest(path: Path) -> str:

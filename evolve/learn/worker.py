@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from evolve.files import publish_directory
+from evolve.files import StorageError, publish_directory, storage_errors
 from evolve.learn.data import Data, gather_rows, load_data
 from evolve.learn.errors import LearningError, TrainingStopped, TrainingTimeoutError
 from evolve.learn.forest import Pairs
@@ -88,7 +88,12 @@ def serve(settings: Mapping[str, Any]) -> None:
 
         outcome: Outcome
         try:
-            outcome = run_job(task.job, _reporter(mailbox, task.name))
+            with storage_errors(task.job.partial):
+                outcome = run_job(task.job, _reporter(mailbox, task.name))
+        except StorageError as error:
+            # Of this worker alone: the others wait for it in vain, and end with it.
+            get(mailbox.finish.remote(task.name, error), _ANSWER_S, "the trainers' mailbox")
+            raise
         except (LearningError, TrainingTimeoutError, TrainingStopped) as error:
             # Raised by every worker alike; the group is sound and goes on.
             outcome = error

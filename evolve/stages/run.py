@@ -18,7 +18,7 @@ from rich.console import Console
 from evolve import cluster, report
 from evolve.config import differences, read, to_yaml
 from evolve.errors import EvolveError
-from evolve.files import publish_file, remove_asides
+from evolve.files import publish_file, remove_asides, storage_errors
 from evolve.fleet import Checkpoint, Engines, Fleet
 from evolve.learn.jobs import Workers
 from evolve.learn.trainer import TrainerGroup
@@ -129,7 +129,8 @@ def open_run(config: EvolveConfig, engines: Engines = Engines()) -> Iterator[Run
         metrics = report.Metrics(directory, config)
         ending.callback(metrics.close)
         try:
-            yield Run(config, directory, problems, base, fleet, trainers, metrics, line, console)
+            with storage_errors(directory.path):
+                yield Run(config, directory, problems, base, fleet, trainers, metrics, line, console)
         except RunError:
             raise
         except EvolveError as error:

@@ -12,7 +12,7 @@
         trees/*.parquet    one row a node (evolve.store.trees.SCHEMA)
         sft/               rows.parquet, checkpoint/
         ppm/               rows.parquet, checkpoint/
-        eval/              records.json: one record a problem
+        eval/              records.json, one record a problem; before, records.partial.jsonl
 
 An artefact counts as finished when the manifest names it, and it is named there only after it was renamed into place.
 """

@@ -18,7 +18,7 @@ import torch
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
-from evolve.files import aside_of, publish_directory
+from evolve.files import aside_of, publish_directory, storage_errors
 from evolve.schema import ToyConfig
 from evolve.toy import tokenizer as toy_tokenizer
 from evolve.toy.forms import EVENTS
@@ -144,8 +144,9 @@ def _publish(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, output
     aside = aside_of(output)
     logging.disable_progress_bar()  # it would write over the caller's own line
     try:
-        model.save_pretrained(aside)
-        tokenizer.save_pretrained(aside)
-        publish_directory(aside, output)
+        with storage_errors(output):
+            model.save_pretrained(aside)
+            tokenizer.save_pretrained(aside)
+            publish_directory(aside, output)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
