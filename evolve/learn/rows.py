@@ -20,7 +20,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from evolve.files import publish_file
+from evolve.files import Place, place, publish_file, readable
 from evolve.types import StepPair, Trajectory
 
 Row = TypeVar("Row", Trajectory, StepPair)
@@ -66,9 +66,9 @@ def from_table(table: pa.Table, row_type: type[Row]) -> list[Row]:
     return rows
 
 
-def write(table: pa.Table, path: str | Path) -> None:
+def write(table: pa.Table, path: str | Place) -> None:
     """Publish a table at `path` (`.parquet` or `.arrow`): written beside, synced, renamed."""
-    path = Path(path)
+    path = place(path)
     if path.suffix == ".parquet":
         publish_file(path, lambda aside: pq.write_table(table, aside, compression="zstd"))
     elif path.suffix == ".arrow":
@@ -82,14 +82,18 @@ def _write_arrow(table: pa.Table, path: Path) -> None:
         writer.write_table(table)
 
 
-def read(paths: Sequence[str | Path]) -> pa.Table:
+def _open_arrow(path: Place) -> Any:
+    return pa.ipc.open_file(pa.memory_map(str(path)) if isinstance(path, Path) else readable(path))
+
+
+def read(paths: Sequence[str | Place]) -> pa.Table:
     """The rows of several files, one after the other."""
     tables = []
-    for path in map(Path, paths):
+    for path in map(place, paths):
         if path.suffix == ".parquet":
-            tables.append(pq.read_table(path))
+            tables.append(pq.read_table(readable(path)))
         elif path.suffix == ".arrow":
-            tables.append(pa.ipc.open_file(pa.memory_map(str(path))).read_all())
+            tables.append(_open_arrow(path).read_all())
         else:
             raise ValueError(f"{path}: rows are read from .parquet or .arrow, not {path.suffix!r}")
     return pa.concat_tables(tables)

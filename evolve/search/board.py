@@ -13,7 +13,6 @@ import sys
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -21,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 
+from evolve.files import Place, readable
 from evolve.search.budget import (
     EscalatingBudget,
     Standing,
@@ -75,7 +75,7 @@ class Board:
         budget: EscalatingBudget,
         problems: Sequence[Problem],
         finished: Iterable[tuple[TreeSummary, str]],
-        trees: Path,
+        trees: Place,
         shards: int = 1,
         earlier: Mapping[str, float] | None = None,
     ) -> None:
@@ -206,7 +206,7 @@ class Board:
             if key.problem_id == problem_id
         ]
         for name in self._parts.get(problem_id, ()):
-            table = pq.read_table(self._directory / name, columns=["problem_id", *columns])
+            table = pq.read_table(readable(self._directory / name), columns=["problem_id", *columns])
             tables.append(table.filter(pc.field("problem_id") == problem_id).select(columns))
         if not tables:
             raise KeyError(f"problem {problem_id!r} has no finished tree in this round")
@@ -278,11 +278,11 @@ class Board:
 _NOTHING = Standing()
 
 
-def summarise(directory: Path, parts: Iterable[str]) -> Iterator[tuple[TreeSummary, str]]:
+def summarise(directory: Place, parts: Iterable[str]) -> Iterator[tuple[TreeSummary, str]]:
     """The trees of part files and where they lie, for continuing a round; one file is in memory at a time."""
     columns = ["rollouts", "sampled_tokens", "scored_tokens", "infrastructure_failures"]
     for name in parts:
-        table = pq.read_table(directory / name, columns=["problem_id", "tree", "correct", "code", *columns])
+        table = pq.read_table(readable(directory / name), columns=["problem_id", "tree", "correct", "code", *columns])
         table = table.append_column("right", pc.cast(pc.fill_null(table["correct"], False), pa.int32()))
         table = table.append_column("graded", pc.cast(pc.is_valid(table["correct"]), pa.int32()))
         table = table.append_column("executed", pc.cast(pc.not_equal(table["code"], ""), pa.int32()))

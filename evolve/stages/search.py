@@ -12,9 +12,8 @@ import ray
 from ray.exceptions import RayActorError
 
 from evolve.config import resolve_round
-from evolve.files import file_digest
+from evolve.files import entries, file_digest
 from evolve.fleet import Checkpoint
-from evolve.policy.checkpoint import digest, resolve
 from evolve.policy.formats import format_named
 from evolve.policy.prompts import worked_examples
 from evolve.problems import for_round
@@ -25,8 +24,8 @@ from evolve.search.budget import EscalatingBudget
 from evolve.search.shard import SearchJob
 from evolve.service import ServiceError, get
 from evolve.stages.growing import Growing
-from evolve.stages.run import Run
-from evolve.store.parts import damaged_parts, mended_parts, set_aside
+from evolve.stages.run import Run, shared_model
+from evolve.store.parts import PATTERN, damaged_parts, mended_parts, set_aside
 from evolve.store.run import RoundDirectory, RunError
 from evolve.types import Problem, RoundPlan, Sampling
 
@@ -46,8 +45,8 @@ def grow_trees(run: Run, k: int) -> None:
     run.line.show(f"round {k}: starting engines", force=True)
     policy, engine = run.policy(k - 1), None
     if plan.generator is Generator.bootstrap and config.policy.bootstrap.model is not None:
-        path = resolve(config.policy.bootstrap.model)
-        policy, engine = Checkpoint(path, digest(path)), config.policy.bootstrap.engine
+        policy = shared_model(config.policy.bootstrap.model, None, run.directory.path / "bootstrap")
+        engine = config.policy.bootstrap.engine
     ppm = run.ppm(k - 1) if plan.value is ValueKind.ppm else None
     run.fleet.load(policy, ppm, engine)
     sandboxes = _sandboxes(run, k)
@@ -137,7 +136,7 @@ def _board(run: Run, plan: RoundPlan, problems: tuple[Problem, ...], directory: 
 
 
 def _part_names(directory: RoundDirectory) -> list[str]:
-    return sorted(path.name for path in directory.trees.glob("part-*.parquet"))
+    return [path.name for path in entries(directory.trees, PATTERN)]
 
 
 def _earlier(run: Run, plan: RoundPlan, problems: tuple[Problem, ...]) -> dict[str, float]:
