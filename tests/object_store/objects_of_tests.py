@@ -3,8 +3,8 @@ machine share it. It can do no more than an object store can: no renaming, no ap
 
 With this directory on PYTHONPATH fsspec finds it, in every process, as it would find an installed one.
 
-The file that `OBJECTS_KILL` names, while it exists, holds a pattern: whoever is about to put an object whose key fits is
-killed, once. `OBJECTS_FAIL` is a pattern of keys that the store does not take.
+The file that `OBJECTS_KILL` names, while it exists, holds a pattern: whoever is about to put an object whose key fits
+is killed, once. `OBJECTS_FAIL` is a pattern of keys that the store does not take.
 """
 
 from __future__ import annotations
