@@ -68,6 +68,7 @@ def pretended_nodes(count: int) -> Iterator[list[str]]:
         ray.shutdown()
         for node in [*cluster.worker_nodes, cluster.head_node]:
             cluster.remove_node(node, allow_graceful=False)  # gracefully each takes half a minute
+        cluster.shutdown()  # a cluster that is gone is no longer the one that a plain `ray.init()` joins
 
 
 def one_size(shards: int, trees_a_shard: int, speed: float, at_once: int) -> dict[str, Any]:

@@ -1,9 +1,10 @@
-"""Where the driver leaves jobs for a trainer group, and the workers leave results."""
+"""Where the driver leaves a job for a trainer group, and the workers leave its result."""
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from evolve.learn.errors import LearningError, TrainingStopped, TrainingTimeoutError
@@ -12,13 +13,37 @@ from evolve.learn.jobs import TrainJob, TrainResult
 Outcome = TrainResult | LearningError | TrainingTimeoutError | TrainingStopped
 
 
+@dataclass(frozen=True, slots=True)
+class Task:
+    """A job that was handed in; the same job may be handed in again, as another task."""
+
+    name: str
+    job: TrainJob
+
+
+@dataclass(frozen=True, slots=True)
+class Standing:
+    """What the driver is told of the task it asks for."""
+
+    known: bool
+    """Whether this mailbox has the task; one that died since has not, and is handed it again."""
+    outcome: Outcome | None = None
+    """None: not yet."""
+    metrics: dict[str, float] | None = None
+    """The latest of the training, once there are some."""
+
+
 class Mailbox:
-    """The state of a trainer group's jobs; runs as a Ray actor."""
+    """One task and what became of it; runs as a Ray actor.
+
+    It holds nothing that its two sides could not say again, so that Ray may restart it empty: workers on their way go
+    on, the driver hands its job in again, and workers that had finished it look their result up.
+    """
 
     def __init__(self) -> None:
-        self._jobs: list[TrainJob] = []
-        self._outcomes: list[Outcome] = []
-        self._progress: dict[int, dict[str, float]] = {}
+        self._task: Task | None = None
+        self._outcome: Outcome | None = None
+        self._metrics: dict[str, float] | None = None
         self._workers: dict[int, tuple[Any, int]] = {}
         self._closed = False
         self._changed = asyncio.Condition()
@@ -35,43 +60,51 @@ class Mailbox:
             except TimeoutError:
                 return
 
-    async def submit(self, job: TrainJob) -> int:
-        self._jobs.append(job)
+    async def submit(self, task: Task) -> None:
+        """Leave a task for the workers; the one before it is forgotten."""
+        self._task, self._outcome, self._metrics = task, None, None
         await self._notify()
-        return len(self._jobs) - 1
-
-    async def register(self, rank: int, worker: Any, pid: int) -> int:
-        """A worker has started; answers with the number of the job to begin with."""
-        self._workers[rank] = (worker, pid)
-        await self._notify()
-        return len(self._outcomes)
 
     async def workers(self) -> dict[int, tuple[Any, int]]:
+        """Actor and process id of each worker that has asked for a task, by rank."""
         return self._workers
 
-    async def take(self, index: int, wait_s: float) -> TrainJob | str:
-        """Job number `index`; "wait" when there is none yet, "closed" when there will be none."""
-        await self._until(lambda: self._closed or index < len(self._jobs), wait_s)
+    async def take(self, rank: int, worker: Any, pid: int, done: str | None, wait_s: float) -> Task | str:
+        """The task to work on, which is none that has an outcome, nor the one that this worker has `done`.
+
+        Answers "wait" when there is none within `wait_s`, and "closed" when there will be none.
+        """
+        self._workers[rank] = (worker, pid)
+        await self._notify()
+        await self._until(lambda: self._closed or self._open_task(done) is not None, wait_s)
         if self._closed:
             return "closed"
-        return self._jobs[index] if index < len(self._jobs) else "wait"
+        return self._open_task(done) or "wait"
 
-    async def progress(self, index: int, metrics: dict[str, float]) -> bool:
-        """Note the metrics of a job; whether it may go on."""
-        self._progress[index] = metrics
+    def _open_task(self, done: str | None) -> Task | None:
+        task = self._task
+        return task if task is not None and self._outcome is None and task.name != done else None
+
+    async def progress(self, name: str, metrics: dict[str, float]) -> bool:
+        """Note the metrics of a task; whether it may go on."""
+        if self._task is not None and self._task.name == name:
+            self._metrics = metrics
         return not self._closed
 
-    async def finish(self, index: int, outcome: Outcome) -> None:
-        if index == len(self._outcomes):
-            self._outcomes.append(outcome)
+    async def finish(self, name: str, outcome: Outcome) -> None:
+        """Note what became of a task."""
+        if self._task is not None and self._task.name == name:
+            self._outcome = outcome
         await self._notify()
 
-    async def outcome(self, index: int, wait_s: float) -> tuple[Outcome | None, dict[str, float]]:
-        """The outcome of job `index` (None: not yet) and its latest metrics."""
-        await self._until(lambda: index < len(self._outcomes), wait_s)
-        done = self._outcomes[index] if index < len(self._outcomes) else None
-        return done, self._progress.get(index, {})
+    async def standing(self, name: str, wait_s: float) -> Standing:
+        """How task `name` stands, once it has an outcome or after `wait_s`."""
+        if self._task is None or self._task.name != name:
+            return Standing(known=False)
+        await self._until(lambda: self._outcome is not None, wait_s)
+        return Standing(True, self._outcome, self._metrics)
 
     async def close(self) -> None:
+        """Let workers that ask for a task end, and those at work stop at a checkpoint."""
         self._closed = True
         await self._notify()

@@ -28,7 +28,7 @@ from ray.exceptions import RayActorError
 from evolve.files import Place, place
 from evolve.learn.errors import TrainerDied, TrainingTimeoutError
 from evolve.learn.jobs import TrainJob, TrainResult, Workers
-from evolve.learn.mailbox import Mailbox
+from evolve.learn.mailbox import Mailbox, Standing, Task
 from evolve.learn.worker import serve
 from evolve.remote import RemotePath
 from evolve.service import get
@@ -39,8 +39,6 @@ _WAIT_S = 0.5
 _CLOSE_S = 30.0
 _ANSWER_S = 60.0
 """For the mailbox, which does nothing else, to answer."""
-_END_S = 300.0
-"""For workers that have lost their mailbox to end, with the attempts to start them anew."""
 _HANG_S = 120.0
 """How long after a job's time limit its workers, which see to it themselves, are taken to hang."""
 
@@ -67,7 +65,6 @@ class TrainerGroup:
         self._mailbox: Any = None
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
-        self._lost_mailboxes = 0
 
     def __enter__(self) -> TrainerGroup:
         return self
@@ -80,7 +77,8 @@ class TrainerGroup:
         if self._thread is not None:
             return
         self._error = None
-        self._mailbox = ray.remote(Mailbox).options(num_cpus=0, max_concurrency=1000).remote()
+        lives: dict[str, Any] = {"max_restarts": self._max_failures, "max_task_retries": -1}
+        self._mailbox = ray.remote(Mailbox).options(num_cpus=0, max_concurrency=1000, **lives).remote()
         self._thread = threading.Thread(target=self._run, name="trainer-group", daemon=True)
         self._thread.start()
 
@@ -135,36 +133,27 @@ class TrainerGroup:
         """
         for job in jobs:
             job.check(self.workers.count)
-        return [self._fit_with_any_mailbox(_absolute(job), on_progress) for job in jobs]
-
-    def _fit_with_any_mailbox(self, job: TrainJob, on_progress: OnProgress | None) -> TrainResult:
-        """Workers that have lost their mailbox end; others go on from the job's last checkpoint."""
-        while True:
-            self.start()
-            try:
-                return self._fit(job, on_progress)
-            except RayActorError as error:
-                self._lost_mailboxes += 1
-                if self._lost_mailboxes > self._max_failures:
-                    raise TrainerDied(f"the trainers' mailbox died {self._lost_mailboxes} times: {error}") from error
-                assert self._thread is not None
-                self._thread.join(_END_S)
-                self._thread = None
+        self.start()
+        return [self._fit(_absolute(job), on_progress) for job in jobs]
 
     def _fit(self, job: TrainJob, on_progress: OnProgress | None) -> TrainResult:
-        index = self._ask("submit", job)
+        name = self._submit(job)
         self._await_start(job)
         deadline = time.monotonic() + job.config.timeout_s + _HANG_S
         seen: dict[str, float] = {}
         while True:
-            outcome, metrics = self._ask("outcome", index, _WAIT_S)
-            if metrics != seen and on_progress is not None:
-                on_progress(job, metrics)
-            seen = metrics
-            if isinstance(outcome, Exception):
-                raise outcome
-            if outcome is not None:
-                return outcome
+            standing: Standing = self._ask("standing", name, _WAIT_S)
+            if not standing.known:
+                name = self._submit(job)
+                continue
+            if standing.metrics is not None and standing.metrics != seen:
+                seen = standing.metrics
+                if on_progress is not None:
+                    on_progress(job, seen)
+            if isinstance(standing.outcome, Exception):
+                raise standing.outcome
+            if standing.outcome is not None:
+                return standing.outcome
             self._check_alive(job)
             if time.monotonic() > deadline:
                 at = f"step {seen['step']:.0f} of {seen['steps']:.0f}" if seen else "no step done"
@@ -174,6 +163,11 @@ class TrainerGroup:
                     f"{job.config.timeout_s:.0f} s ({at}) and were killed; run again to go on from the last "
                     "checkpoint"
                 )
+
+    def _submit(self, job: TrainJob) -> str:
+        task = Task(uuid.uuid4().hex, job)
+        self._ask("submit", task)
+        return task.name
 
     def _await_start(self, job: TrainJob) -> None:
         deadline = time.monotonic() + self._start_timeout_s
@@ -200,8 +194,12 @@ class TrainerGroup:
             ) from self._error
 
     def _ask(self, method: str, *arguments: Any) -> Any:
-        """Call the mailbox."""
-        return get(getattr(self._mailbox, method).remote(*arguments), _ANSWER_S, f"the trainers' mailbox ({method})")
+        """Call the mailbox, which Ray restarts when it dies."""
+        question = getattr(self._mailbox, method).remote(*arguments)
+        try:
+            return get(question, _ANSWER_S, f"the trainers' mailbox ({method})")
+        except RayActorError as error:
+            raise TrainerDied(f"the trainers' mailbox died more than {self._max_failures} times: {error}") from error
 
     def pids(self) -> dict[int, int]:
         """Process id of each worker that has started, by rank."""
@@ -219,7 +217,7 @@ class TrainerGroup:
         """Let the workers end and give their resources back. May be called twice."""
         if self._thread is None:
             return
-        with contextlib.suppress(RayActorError):  # a dead mailbox ends the workers, too
+        with contextlib.suppress(TrainerDied):  # workers without a mailbox end by themselves
             self._ask("close")
             self._thread.join(_CLOSE_S)
             if self._thread.is_alive():

@@ -21,7 +21,7 @@ from evolve.learn import rows
 from evolve.learn.errors import LearningError, TrainingStopped, TrainingTimeoutError
 from evolve.learn.forest import Pairs
 from evolve.learn.jobs import RESULT_FILE, TrainJob, TrainResult
-from evolve.learn.mailbox import Outcome
+from evolve.learn.mailbox import Outcome, Task
 from evolve.learn.packing import Completions, MicroBatch, plan_steps, worker_batches
 from evolve.learn.split import held_out
 from evolve.policy.checkpoint import digest, resolve
@@ -84,37 +84,38 @@ def serve(settings: Mapping[str, Any]) -> None:
 
     rank = ray.train.get_context().get_world_rank()
     here = ray.get_runtime_context().current_actor
-    index = get(mailbox.register.remote(rank, here, os.getpid()), _ANSWER_S, "the trainers' mailbox")
+    done: str | None = None
     while True:
-        job = get(mailbox.take.remote(index, _POLL_S), _POLL_S + _ANSWER_S, "the trainers' mailbox")
-        if job == "closed":
+        question = mailbox.take.remote(rank, here, os.getpid(), done, _POLL_S)
+        task: Task | str = get(question, _POLL_S + _ANSWER_S, "the trainers' mailbox")
+        if task == "closed":
             return
-        if job == "wait":
+        if isinstance(task, str):
             continue
 
         outcome: Outcome
         try:
-            outcome = run_job(job, _reporter(mailbox, index))
+            outcome = run_job(task.job, _reporter(mailbox, task.name))
         except (LearningError, TrainingTimeoutError, TrainingStopped) as error:
             # Raised by every worker alike; the group is sound and goes on.
             outcome = error
         else:
-            ray.train.report({"job": index, **outcome.metrics})
+            ray.train.report({"task": task.name, **outcome.metrics})
         gc.collect()
-        dist.barrier()
         if rank == 0:
-            get(mailbox.finish.remote(index, outcome), _ANSWER_S, "the trainers' mailbox")
-        index += 1
+            get(mailbox.finish.remote(task.name, outcome), _ANSWER_S, "the trainers' mailbox")
+        dist.barrier()  # nobody asks for the next task before this one has its outcome
+        done = task.name
 
 
-def _reporter(mailbox: Any, index: int) -> Report:
-    """Sends metrics of job `index` to the mailbox without waiting; its answers say whether to go on."""
+def _reporter(mailbox: Any, name: str) -> Report:
+    """Sends metrics of task `name` to the mailbox without waiting; its answers say whether to go on."""
     import ray
 
     sent: list[Any] = []
 
     def report(metrics: Mapping[str, float]) -> bool:
-        sent.append(mailbox.progress.remote(index, dict(metrics)))
+        sent.append(mailbox.progress.remote(name, dict(metrics)))
         answered = ray.wait(sent, num_returns=len(sent), timeout=0)[0]
         for reference in answered:
             sent.remove(reference)
