@@ -16,6 +16,7 @@ from random import Random
 from typing import Any
 
 from evolve.fleet import Engines
+from evolve.policy.checkpoint import resolve
 from evolve.schema import EngineConfig, EvolveConfig, ScoreForm
 from evolve.search.seeds import derive
 from evolve.toy.world import END_OF_CODE, END_OF_STEP, Spec, demonstrated, specs
@@ -66,7 +67,7 @@ class ScriptedPolicy(_Scripted):
     def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.path)
+        return AutoTokenizer.from_pretrained(resolve(self.path))
 
     @cached_property
     def _specs(self) -> dict[str, Spec]:

@@ -13,6 +13,7 @@ another took its run over finds out at its next heartbeat, not before: what it p
 
 from __future__ import annotations
 
+import contextlib
 import json
 import threading
 import time
@@ -77,8 +78,9 @@ class Lease:
             return
         self._beating.join()
         self._beating = None
-        if self._newest() == self._mine:
-            self._mine.put(json.dumps({**self._content, "released": True}).encode())
+        with contextlib.suppress(StorageError):  # it is stale soon enough then
+            if self._newest() == self._mine:
+                self._mine.put(json.dumps({**self._content, "released": True}).encode())
 
     # ------------------------------------------------------------------ inside
 

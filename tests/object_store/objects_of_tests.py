@@ -4,7 +4,8 @@ machine share it. It can do no more than an object store can: no renaming, no ap
 With this directory on PYTHONPATH fsspec finds it, in every process, as it would find an installed one.
 
 The file that `OBJECTS_KILL` names, while it exists, holds a pattern: whoever is about to put an object whose key fits
-is killed, once. `OBJECTS_FAIL` is a pattern of keys that the store does not take.
+is killed, once. `OBJECTS_FAIL` is a pattern of keys that the store does not take. With `OBJECTS_AWAY` it answers nothing.
+Keys that are read are noted in the file that `OBJECTS_LOG` names.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ class Objects(AbstractFileSystem):
     cachable = True
 
     def ls(self, path: str, detail: bool = True, **kwargs: Any) -> list[Any]:
+        _answer()
         path = self._strip_protocol(path)
         if Path(path).is_file():
             found = [self.info(path)]
@@ -38,6 +40,7 @@ class Objects(AbstractFileSystem):
         return found if detail else [entry["name"] for entry in found]
 
     def info(self, path: str, **kwargs: Any) -> dict[str, Any]:
+        _answer()
         path = Path(self._strip_protocol(path))
         if not path.is_file() and not _children(path):
             raise FileNotFoundError(str(path))
@@ -68,6 +71,9 @@ class Objects(AbstractFileSystem):
 
     def get_file(self, rpath: str, lpath: str, callback: Any = None, **kwargs: Any) -> None:
         shutil.copyfile(self._strip_protocol(rpath), lpath)
+        if log := os.environ.get("OBJECTS_LOG"):
+            with Path(log).open("a") as file:
+                file.write(f"{rpath}\n")
 
     def cp_file(self, path1: str, path2: str, **kwargs: Any) -> None:
         self._put(self._strip_protocol(path2), lambda aside: shutil.copyfile(self._strip_protocol(path1), aside))
@@ -109,6 +115,11 @@ def _children(path: Path) -> list[Path]:
         return []
     own = [entry for entry in path.iterdir() if not entry.name.startswith(ASIDE)]
     return sorted(entry for entry in own if entry.is_file() or _children(entry))
+
+
+def _answer() -> None:
+    if os.environ.get("OBJECTS_AWAY"):
+        raise ConnectionError("the store is away")
 
 
 def _kill_as_told(target: Path) -> None:
