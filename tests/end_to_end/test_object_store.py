@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -62,7 +63,7 @@ class Scene:
 
 
 @pytest.fixture(scope="module")
-def scene(tmp_path_factory: pytest.TempPathFactory) -> Scene:
+def scene(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Scene]:
     directory = tmp_path_factory.mktemp("store")
     with pytest.MonkeyPatch.context() as patch:
         yield Scene(directory, objects_at(directory / "bucket", patch))
@@ -109,4 +110,4 @@ def test_a_second_driver_is_refused_and_a_finished_run_is_left_alone(scene: Scen
     again = scene.drive()
     assert again.returncode == 0, again.stderr[-3000:]
     assert scene.objects() == before
-    assert str(scene.run.path) in again.stdout
+    assert str(scene.run.path) in again.stdout.replace("\n", "")

@@ -4,8 +4,8 @@ machine share it. It can do no more than an object store can: no renaming, no ap
 With this directory on PYTHONPATH fsspec finds it, in every process, as it would find an installed one.
 
 The file that `OBJECTS_KILL` names, while it exists, holds a pattern: whoever is about to put an object whose key fits
-is killed, once. `OBJECTS_FAIL` is a pattern of keys that the store does not take. With `OBJECTS_AWAY` it answers nothing.
-Keys that are read are noted in the file that `OBJECTS_LOG` names.
+is killed, once. `OBJECTS_FAIL` is a pattern of keys that the store does not take. With `OBJECTS_AWAY` it answers
+nothing. Which objects are fetched as files is noted in the file that `OBJECTS_LOG` names.
 """
 
 from __future__ import annotations

@@ -6,7 +6,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -22,9 +21,9 @@ from tests.object_store.use import environment, objects_at
 
 
 @pytest.fixture
-def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RemotePath]:
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RemotePath:
     monkeypatch.setattr(module, "SETTLE_S", 0.05)
-    yield objects_at(tmp_path, monkeypatch)
+    return objects_at(tmp_path, monkeypatch)
 
 
 def left_by_another(run: RemotePath, age_s: float = 0.0, number: int = 1, **changes: object) -> Path:

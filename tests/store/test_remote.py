@@ -2,7 +2,6 @@
 
 import json
 import multiprocessing
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -28,9 +27,9 @@ from tests.object_store.use import objects_at
 
 
 @pytest.fixture
-def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[RemotePath]:
+def store(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> RemotePath:
     monkeypatch.setenv("EVOLVE_CACHE", str(tmp_path / "cache"))
-    yield objects_at(tmp_path / "bucket", monkeypatch)
+    return objects_at(tmp_path / "bucket", monkeypatch)
 
 
 def model(directory: Path, weights: bytes = b"weights") -> Path:
