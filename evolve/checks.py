@@ -215,6 +215,9 @@ def _policy(config: EvolveConfig) -> Iterator[Finding]:
         yield Finding("policy.format", f"{policy.format!r} is unknown", f"formats: {', '.join(FORMATS)}")
     elif policy.model == "toy" and policy.format != "printed":
         yield Finding("policy.format", f"is {policy.format}, which the toy model never saw", "use printed")
+    for key, model in {"policy.model": policy.model, "policy.bootstrap.model": policy.bootstrap.model or ""}.items():
+        if is_uri(model):
+            yield Finding(key, f"is {model}", "give a directory, or a hub name; a run in an object store keeps a copy")
     few_shot = policy.bootstrap.few_shot
     if few_shot is not None and not Path(few_shot).expanduser().is_file():
         mend = "give a text file, or null for the built-in examples"

@@ -61,6 +61,11 @@ def test_an_address_with_a_secret_is_refused_and_not_repeated(address: str) -> N
     load(["run.dir=abfs://container@account.dfs.core.windows.net/runs"])
 
 
+def test_a_model_at_an_address_is_refused_before_anything_starts() -> None:
+    with pytest.raises(ConfigError, match=r"policy\.model: is s3://b/model.*give a directory, or a hub name"):
+        load(["policy.model=s3://b/model", "policy.format=code"])
+
+
 def test_a_file_is_there_whole_or_not_at_all(store: RemotePath) -> None:
     def half(aside: Path) -> None:
         aside.write_text("half")
