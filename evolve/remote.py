@@ -172,12 +172,12 @@ class RemotePath:
 
     def put(self, content: bytes) -> None:
         """Put an object; what was there is replaced."""
-        with self._asking() as (fs, path):
+        with self._asking(putting=True) as (fs, path):
             fs.pipe_file(path, content)
 
     def create(self, content: bytes) -> bool:
         """Put an object where there is none; false, and nothing changed, where there is one."""
-        with self._asking() as (fs, path):
+        with self._asking(putting=True) as (fs, path):
             try:
                 fs.pipe_file(path, content, mode="create")
             except FileExistsError:
@@ -186,7 +186,7 @@ class RemotePath:
 
     def put_file(self, local: Path) -> None:
         """Put a file's content as this object."""
-        with self._asking() as (fs, path):
+        with self._asking(putting=True) as (fs, path):
             fs.put_file(str(local), path)
             with local.open("rb") as file:
                 _digests[self.uri] = (str(fs.ukey(path)), hashlib.file_digest(file, "sha256").hexdigest())
@@ -249,7 +249,7 @@ class RemotePath:
 
     def put_files(self, local: Path, names: Sequence[str]) -> dict[str, tuple[int, str]]:
         """Put files of `local` below this; their sizes and SHA-256. They count once `publish` names them."""
-        with self._asking() as (fs, path):
+        with self._asking(putting=True) as (fs, path):
             fs.put([str(local / name) for name in names], [f"{path}/{name}" for name in names])
         return {name: identity(local / name) for name in names}
 
@@ -292,20 +292,21 @@ class RemotePath:
     # ------------------------------------------------------------------ inside
 
     @contextlib.contextmanager
-    def _asking(self) -> Iterator[tuple[Any, str]]:
-        """fsspec's file system and this path in it; whatever goes wrong but absence becomes a `StorageError`."""
+    def _asking(self, putting: bool = False) -> Iterator[tuple[Any, str]]:
+        """fsspec's file system and this path in it; whatever goes wrong becomes a `StorageError`, but for absence.
+
+        When something is put, what is absent is the bucket.
+        """
         try:
             from fsspec.core import url_to_fs
 
             # What others put must be seen: nothing about listings is kept.
             yield url_to_fs(self.uri, use_listings_cache=False)
-        except (FileNotFoundError, StorageError):
-            raise
-        except ImportError as error:
-            raise StorageError(f"{self}: {error}") from error
-        except ValueError as error:  # no such protocol
+        except (ImportError, ValueError) as error:  # no such library, no such protocol
             raise StorageError(f"{self}: {error}") from error
         except Exception as error:  # each store's library has errors of its own
+            if isinstance(error, StorageError) or (isinstance(error, FileNotFoundError) and not putting):
+                raise
             reason = (str(error).strip().splitlines() or [""])[0]
             raise StorageError(
                 f"{self}: the store does not do what it is asked ({type(error).__name__}: {reason}). Check the "
