@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import datetime
 import fnmatch
+import io
 import os
 import shutil
 import signal
@@ -57,9 +58,8 @@ class Objects(AbstractFileSystem):
         return datetime.datetime.fromtimestamp(Path(self._strip_protocol(path)).stat().st_mtime, datetime.UTC)
 
     def _open(self, path: str, mode: str = "rb", **kwargs: Any) -> Any:
-        if mode != "rb":
-            raise NotImplementedError(f"{mode}: objects are put whole")
-        return Path(self._strip_protocol(path)).open("rb")
+        key = self._strip_protocol(path)
+        return Path(key).open("rb") if mode == "rb" else _Writer(self, key, mode)
 
     def pipe_file(self, path: str, value: bytes, mode: str = "overwrite", **kwargs: Any) -> None:
         self._put(self._strip_protocol(path), lambda aside: aside.write_bytes(value), new=mode == "create")
@@ -107,6 +107,21 @@ class Objects(AbstractFileSystem):
                 aside.replace(target)
         finally:
             aside.unlink(missing_ok=True)
+
+
+class _Writer(io.BytesIO):
+    """An object that is put when it is closed."""
+
+    def __init__(self, store: Objects, key: str, mode: str) -> None:
+        if mode != "wb":
+            raise NotImplementedError(f"{mode}: objects are put whole")
+        super().__init__()
+        self._store, self._key = store, key
+
+    def close(self) -> None:
+        if not self.closed:
+            self._store.pipe_file(self._key, self.getvalue())
+        super().close()
 
 
 def _children(path: Path) -> list[Path]:
