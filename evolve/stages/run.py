@@ -18,7 +18,7 @@ from rich.console import Console
 from evolve import cluster, report
 from evolve.config import differences, read, to_yaml
 from evolve.errors import EvolveError, StorageError
-from evolve.files import Place, entries, publish_file, remove_asides, remove_tree
+from evolve.files import Place, entries, is_published, publish_file, remove_asides, remove_tree
 from evolve.fleet import Checkpoint, Engines, Fleet
 from evolve.learn.jobs import Workers
 from evolve.learn.trainer import TrainerGroup
@@ -221,7 +221,7 @@ def _base_model(config: EvolveConfig, directory: RunDirectory, line: ProgressLin
         seed_round.record("base", digest=digest(directory.base), seconds=seconds, metrics=metrics)
         line.end(f"base model: made in {duration(seconds)}")
     entry = seed_round.finished("base")
-    found = digest(directory.base)
+    found = digest(directory.base) if is_published(directory.base) else ""
     if entry is None or found != entry["digest"]:
         raise RunError(f"{directory.base} is not the base model this run was started with; use another run.name")
     return Checkpoint(str(directory.base), found)
