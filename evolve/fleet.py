@@ -223,7 +223,8 @@ class Fleet:
                 self._joining.remove(group)
                 self.groups.append(group)
                 self.groups.sort(key=lambda g: int(g.name.rpartition("-")[2]))
-                self.events.append(f"{group.name} is at work on node {group.node[:8]}")
+                if len(nodes) > 1:
+                    self.events.append(f"{group.name} is at work on node {group.node[:8]}")
 
     def _drop_lost(self, nodes: dict[str, Node], now: float) -> None:
         """Leave out groups whose node is gone or going; the latter may first make durable what they have."""
