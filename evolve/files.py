@@ -178,9 +178,16 @@ def readable(path: Place) -> Any:
 
 
 def mirror(local: Path, path: Place) -> None:
-    """Have an object store hold what is in a directory of this node that somebody else writes, links left out."""
-    if isinstance(path, RemotePath):
-        path.put_files(local, [n for n in files_below(local) if not (local / n).is_symlink()])
+    """Have an object store hold what is in a directory of this node, links left out. Somebody else is writing there, so
+    that files may go meanwhile."""
+    if not isinstance(path, RemotePath):
+        return
+    for name in files_below(local):
+        if (local / name).is_symlink():
+            continue
+        with contextlib.suppress(FileNotFoundError):
+            content = (local / name).read_bytes()
+            (path / name).put(content)
 
 
 class Lines:

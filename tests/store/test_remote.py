@@ -13,6 +13,7 @@ from evolve.files import (
     file_digest,
     is_published,
     local_directory,
+    mirror,
     place,
     publish_directory,
     publish_file,
@@ -203,6 +204,22 @@ def test_lines_go_on_where_another_node_stopped(store: RemotePath) -> None:
         lines.publish()
         remove_tree(cache_root())
     assert (store / "metrics.jsonl").read_text() == "one\ntwo\n"
+
+
+def test_what_others_write_is_held_without_links(store: RemotePath, tmp_path: Path) -> None:
+    mirror(tmp_path / "wandb", store / "wandb")
+    assert not (store / "wandb").exists()
+    (tmp_path / "wandb" / "run-1").mkdir(parents=True)
+    (tmp_path / "wandb" / "run-1" / "log").write_text("a")
+    (tmp_path / "wandb" / "latest-run").symlink_to("run-1")
+    (tmp_path / "wandb" / "debug.log").symlink_to("run-1/log")
+    (tmp_path / "wandb" / "gone.log").symlink_to("nowhere")
+    mirror(tmp_path / "wandb", store / "wandb")
+    (tmp_path / "wandb" / "run-1" / "log").write_text("ab")
+    mirror(tmp_path / "wandb", store / "wandb")
+    assert store.glob("*") == [store / "wandb"]
+    assert (store / "wandb").glob("*") == [store / "wandb" / "run-1"]
+    assert (store / "wandb" / "run-1" / "log").read_text() == "ab"
 
 
 def test_the_digest_of_an_object_follows_its_content(store: RemotePath, tmp_path: Path) -> None:
