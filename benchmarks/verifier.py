@@ -7,7 +7,6 @@ forks, runs the same step and exits), or against re-running the prefix.
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
 import os
@@ -18,22 +17,21 @@ import time
 from pathlib import Path
 from typing import Any
 
+from benchmarks.common import Goal, finish, parser
 from evolve.schema import VerifierConfig
 from evolve.types import Verdict
 from evolve.verify.layers import ENVIRONMENT
 from evolve.verify.selftest import descendants
 from evolve.verify.service import SandboxVerifier
-from evolve.verify.steps import prefix_keys
+from evolve.verify.steps import prefix_keys, server_kind
 
 STEPS = {
-    "trivial": ("light", "a = 3", "b = a + {i}\nprint(b)"),
-    "numpy": ("full", "import numpy as np\na = np.arange(10)", "print((a * {i}).sum())"),
-    "sympy": (
-        "full",
-        "from sympy import symbols, solve\nx = symbols('x')",
-        "print(solve(x**2 - {i}*x + {i} - 1, x))",
-    ),
+    "trivial": ("a = 3", "b = a + {i}\nprint(b)"),
+    "numpy": ("import numpy as np\na = np.arange(10)", "print((a * {i}).sum())"),
+    "sympy": ("from sympy import symbols, solve\nx = symbols('x')", "print(solve(x**2 - {i}*x + {i} - 1, x))"),
 }
+"""A first step and the siblings that follow it."""
+
 CHAIN = [
     "from sympy import *\nx, y = symbols('x y')",
     "f = expand((x + 1)**3 * (x - 2))",
@@ -47,8 +45,8 @@ CHAIN = [
 FLOOR = """
 import sys, os, time
 sys.path.insert(0, {here!r})
-import zygote
-zygote.preload({kind!r})
+import preload
+preload.preload({kind!r})
 import gc
 gc.collect(); gc.freeze()
 names = {{}}
@@ -82,36 +80,35 @@ def floor(kind: str, root: str, step: str, count: int) -> tuple[float, float]:
     return float(empty), float(full)
 
 
-async def execute(
-    verifier: SandboxVerifier, name: str, codes: tuple[str, ...], kind: str, lane: bool = True
-) -> Verdict:
+async def execute(verifier: SandboxVerifier, name: str, codes: tuple[str, ...], lane: bool = True) -> Verdict:
     """Execute without remembering."""
+    kind = server_kind(codes)
     verdict = await verifier.execute(name, codes, kind, prefix_keys(name, kind, codes), lane=lane)
     if not verdict.ok:
         raise RuntimeError(f"{codes[-1]!r}: {verdict}")
     return verdict
 
 
-async def throughput(verifier: SandboxVerifier, kind: str, root: str, step: str, count: int, lane: bool) -> float:
+async def throughput(verifier: SandboxVerifier, root: str, step: str, count: int, lane: bool) -> float:
     """Seconds an execution takes when 16 siblings are asked for at a time."""
     name = f"throughput {step} {lane}"
-    await execute(verifier, name, (root,), kind, lane)
+    await execute(verifier, name, (root,), lane)
     for begin in (-32, 0):
         start = time.perf_counter()
         for first in range(begin, count if begin == 0 else 0, 16):
             numbers = range(first, first + 16)
             steps = [step.replace("{i}", str(i)) for i in numbers]
-            await asyncio.gather(*(execute(verifier, name, (root, code), kind, lane) for code in steps))
+            await asyncio.gather(*(execute(verifier, name, (root, code), lane) for code in steps))
     return (time.perf_counter() - start) / count
 
 
 async def latency(verifier: SandboxVerifier, count: int) -> tuple[float, float]:
     """p50 and p99 of a trivial step asked for alone, in a process of its own, seconds."""
-    await execute(verifier, "latency", ("a = 3",), "light", lane=False)
+    await execute(verifier, "latency", ("a = 3",), lane=False)
     times = []
     for i in range(count):
         start = time.perf_counter()
-        await execute(verifier, "latency", ("a = 3", f"print(a + {i})"), "light", lane=False)
+        await execute(verifier, "latency", ("a = 3", f"print(a + {i})"), lane=False)
         times.append(time.perf_counter() - start)
     cuts = statistics.quantiles(times, n=100)
     return cuts[49], cuts[98]
@@ -128,9 +125,9 @@ async def chain(verifier: SandboxVerifier, repeats: int) -> tuple[float, float]:
         for repeat in range(repeats):
             parent = f"chain {repeat}"
             start = time.perf_counter()
-            await execute(verifier, parent, tuple(CHAIN[:depth]), "full")
+            await execute(verifier, parent, tuple(CHAIN[:depth]))
             middle = time.perf_counter()
-            await execute(verifier, f"rerun {repeat} {depth}", ("\n".join(CHAIN[:depth]),), "full")
+            await execute(verifier, f"rerun {repeat} {depth}", ("\n".join(CHAIN[:depth]),))
             continued.append(middle - start)
             again.append(time.perf_counter() - middle)
         incremental += min(continued)
@@ -152,7 +149,7 @@ async def snapshot_mb(count: int) -> float:
         for i in range(count):
             constant = i - 1 if i % 2 else 1
             code = f"from sympy import symbols, solve\nx = symbols('x')\nprint(solve(x**2 - {i}*x + {constant}, x))"
-            await execute(verifier, f"memory {i}", (code,), "full")
+            await execute(verifier, f"memory {i}", (code,))
         private = 0
         for pid in [pid for pid, state in descendants().items() if state == "T"]:
             try:
@@ -182,20 +179,18 @@ async def measure() -> dict[str, Any]:
     verifier = SandboxVerifier(VerifierConfig(supervisors=1))
     try:
         record["layers"] = (await verifier.describe())["tier"]
-        for name, (kind, root, step) in STEPS.items():
+        for name, (root, step) in STEPS.items():
             count = 480 if name == "trivial" else 160
-            empty, bare = floor("full", root, step, count)
-            seconds = await throughput(verifier, kind, root, step, count, lane=True)
+            empty, bare = floor(server_kind((root, step)), root, step, count)
+            seconds = await throughput(verifier, root, step, count, lane=True)
             record[f"{name}_per_s"] = 1 / seconds
             record[f"{name}_floor_fork_ms"] = empty * 1e3
             record[f"{name}_floor_step_ms"] = bare * 1e3
             record[f"{name}_ratio"] = seconds / bare
             if name == "trivial":
-                alone = await throughput(verifier, kind, root, step, count, lane=False)
-                light = floor("light", root, step, count)
+                alone = await throughput(verifier, root, step, count, lane=False)
                 record["trivial_own_process_per_s"] = 1 / alone
                 record["trivial_own_process_ratio"] = alone / bare
-                record["trivial_own_process_ratio_to_light_floor"] = alone / light[1]
         p50, p99 = await latency(verifier, 300)
         record["trivial_p50_ms"], record["trivial_p99_ms"] = p50 * 1e3, p99 * 1e3
         incremental, rerun = await chain(verifier, 6)
@@ -208,35 +203,20 @@ async def measure() -> dict[str, Any]:
     return record
 
 
-GOALS = {
-    "trivial_ratio": ("at most", 1.5),
-    "numpy_ratio": ("at most", 1.5),
-    "sympy_ratio": ("at most", 1.5),
-    "chain_ratio": ("at least", 2.5),
-    "snapshot_mb": ("at most", 8.0),
-    "overshoot_ms": ("at most", 50.0),
-}
+GOALS = (
+    Goal("trivial_ratio", "at most", 1.5),
+    Goal("numpy_ratio", "at most", 1.5),
+    Goal("sympy_ratio", "at most", 1.5),
+    Goal("chain_ratio", "at least", 2.5),
+    Goal("snapshot_mb", "at most", 8.0),
+    Goal("overshoot_ms", "at most", 50.0),
+)
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.verifier", description=__doc__)
-    parser.add_argument("--json", type=Path, help="write the record here")
-    parser.add_argument("--check", action="store_true", help="exit 1 when a goal is missed")
-    arguments = parser.parse_args()
+    arguments = parser("verifier", __doc__).parse_args()
     os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
-    record = asyncio.run(measure())
-    missed = []
-    for name, value in record.items():
-        line = f"{name:42} {value if isinstance(value, str) else f'{value:10.3f}'}"
-        if name in GOALS:
-            word, bound = GOALS[name]
-            met = value <= bound if word == "at most" else value >= bound
-            line += f"   goal: {word} {bound:g}{'' if met else '   MISSED'}"
-            missed += [] if met else [name]
-        print(line)
-    if arguments.json:
-        arguments.json.write_text(json.dumps(record, indent=1) + "\n")
-    return 1 if arguments.check and missed else 0
+    return finish(asyncio.run(measure()), GOALS, arguments)
 
 
 if __name__ == "__main__":

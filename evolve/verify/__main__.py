@@ -24,9 +24,9 @@ OWN_SNIPPETS = Path(__file__).parents[2] / "tests" / "verify" / "hostile.json"
 
 
 def split_steps(text: str) -> list[str]:
-    """A file's steps: split at the step boundary; the tags around the code are dropped."""
+    """A file's steps: split at the step boundary; the tags around the code are dropped. Nothing is one empty step."""
     code = text.partition("<end_of_code>")[0].replace("<code>", "")
-    return [step.strip("\n") for step in code.split(BOUNDARY) if step.strip()]
+    return [step.strip("\n") for step in code.split(BOUNDARY) if step.strip()] or [""]
 
 
 async def run_steps(name: str, steps: list[str]) -> int:
@@ -37,7 +37,7 @@ async def run_steps(name: str, steps: list[str]) -> int:
         for number, step in enumerate(steps):
             verdict = await verifier.check(problem, tuple(steps[:number]), step)
             where = f" line {verdict.line}" if verdict.line else ""
-            cause = f": {verdict.exception} {verdict.message}{where}".rstrip() if not verdict.ok else ""
+            cause = "" if verdict.ok else f": {' '.join(filter(None, (verdict.exception, verdict.message)))}{where}"
             timing = f"{verdict.cpu_s * 1e3:.1f} ms CPU, {verdict.wall_s * 1e3:.1f} ms"
             print(f"step {number + 1}: {verdict.status}{cause} ({timing})")
             if verdict.stdout:
@@ -67,7 +67,7 @@ def main() -> int:
     try:
         if arguments.self_test:
             return 1 if asyncio.run(self_test(load(path), arguments.concurrency)) else 0
-        return asyncio.run(run_steps(path.name, split_steps(path.read_text(errors="surrogateescape"))))
+        return asyncio.run(run_steps(path.name, split_steps(path.read_text("utf-8-sig", "surrogateescape"))))
     except (SandboxUnavailable, ValueError) as error:
         print(f"evolve.verify: {error}", file=sys.stderr)
         return 2

@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 _ROOT = Path("/sys/fs/cgroup")
+_OWN = Path("/proc/self/cgroup")
 _LIMITS = ("memory.max", "memory.limit_in_bytes")
 """The file that holds the limit: of version 2, of version 1."""
 _NAME = "evolve-sandbox"
@@ -26,11 +27,11 @@ MISSING = (
 
 def _candidates() -> Iterator[Path]:
     """Groups in which one for a server might be made, nearest first."""
-    for line in Path("/proc/self/cgroup").read_text().splitlines():
+    for line in _OWN.read_text().splitlines():
         _, controllers, path = line.split(":", 2)
         inside = path.lstrip("/")
-        if controllers == "memory":
-            yield from (_ROOT / "memory" / inside, _ROOT / "memory")
+        if "memory" in controllers.split(","):
+            yield from (_ROOT / controllers / inside, _ROOT / controllers)
         elif not controllers:
             # A group that has processes itself, as this one's own has, hands no controllers down.
             for group in (_ROOT / inside, *(_ROOT / inside).parents):
@@ -79,6 +80,19 @@ def make(parent: Path, name: str, limit: int) -> Path:
 def entering(group: Path, command: list[str]) -> list[str]:
     """`command`, started inside `group`: by a shell that enters it and becomes the command."""
     return ["/bin/sh", "-c", 'echo 0 >"$0/cgroup.procs" && exec "$@"', str(group), *command]
+
+
+def oom_kills(group: Path) -> int | None:
+    """How many processes of a group the kernel has killed for memory so far; None where it does not count."""
+    for name in ("memory.events", "memory.oom_control"):
+        try:
+            lines = (group / name).read_text().splitlines()
+        except OSError:
+            continue
+        counts = dict(line.split() for line in lines)
+        if "oom_kill" in counts:
+            return int(counts["oom_kill"])
+    return None
 
 
 def remove(group: Path, patience_s: float) -> None:

@@ -27,20 +27,22 @@ def exit_status(pidfd: int) -> int | None:
     return status if mask & _EXIT else None
 
 
-def cause_of_death(pidfd: int) -> tuple[str, str]:
+def cause_of_death(pidfd: int, for_memory: bool | None) -> tuple[str, str]:
     """Status and message for a node that died without the supervisor's doing.
 
-    SIGKILL: inside the sandbox no system call sends it, so that only the kernel's out-of-memory killer is left.
+    `for_memory`: whether the kernel says that it killed a process of the node's control group for memory; None: it
+    does not say. SIGKILL is then taken to be that: inside the sandbox no system call sends it to others.
     SIGXCPU: the limit in the kernel, behind the one that the supervisor enforces.
     """
     status = exit_status(pidfd) if pidfd >= 0 else None
+    killed = status is not None and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL
+    if (killed and for_memory is not False) or (status is None and for_memory):
+        return "oom", "the kernel killed the interpreter for the memory it used"
     if status is None:
         return "crash", "the interpreter died of the code"
     if not os.WIFSIGNALED(status):
         return "crash", f"the code ended the interpreter with exit status {os.waitstatus_to_exitcode(status)}"
     number = os.WTERMSIG(status)
-    if number == signal.SIGKILL:
-        return "oom", "the kernel killed the interpreter for the memory it used"
     if number == signal.SIGXCPU:
         return "timeout", "the kernel killed the interpreter for the CPU time it used"
     return "crash", f"the interpreter died of the code ({signal.strsignal(number) or number})"

@@ -6,41 +6,17 @@ import re
 from functools import lru_cache
 from typing import Any
 
-_PYTHON = re.compile(
-    r"\*|(?<![A-Za-z\\])(?:sqrt|sin|cos|tan|log|exp|Rational|factorial|Abs)\(|(?<![A-Za-z\\])(?:pi|oo|I)(?![A-Za-z])"
-)
+from evolve.verify.notation import FUNCTIONS
+
+_PYTHON = re.compile(rf"\*|(?<![A-Za-z\\])(?:{'|'.join(sorted(FUNCTIONS))})\(|(?<![A-Za-z\\])(?:pi|oo|I)(?![A-Za-z])")
 _TOKENS = re.compile(r"\s*(?:\d+(?:\.\d*)?|\.\d+|[A-Za-z]+|\*\*|[-+*/^(),=<>])")
-_CALLS = frozenset(
-    [
-        "sqrt",
-        "cbrt",
-        "sin",
-        "cos",
-        "tan",
-        "cot",
-        "sec",
-        "csc",
-        "asin",
-        "acos",
-        "atan",
-        "log",
-        "ln",
-        "exp",
-        "Rational",
-        "factorial",
-        "Abs",
-        "pi",
-        "oo",
-        "I",
-        "E",
-    ]
-)
+_NAMES = FUNCTIONS | {"pi", "oo", "I", "E"}
 
 
 def _python_to_latex(text: str) -> str | None:
     """An expression as sympy prints it, in LaTeX; None when it is not one.
 
-    Only numbers, operators, single letters and `_CALLS` get as far as sympy's parser, which evaluates.
+    Only numbers, operators, single letters and `_NAMES` get as far as sympy's parser, which evaluates.
     """
     if "\\" in text or not _PYTHON.search(text):
         return None
@@ -50,14 +26,14 @@ def _python_to_latex(text: str) -> str | None:
         if not match:
             return None
         token = match[0].strip()
-        if token.isalpha() and len(token) > 1 and token not in _CALLS:
+        if token.isalpha() and len(token) > 1 and token not in _NAMES:
             return None
         position = match.end()
     import sympy
     from sympy.parsing.sympy_parser import implicit_multiplication, parse_expr, standard_transformations
 
     names = {name: sympy.Symbol(name) for name in set(re.findall(r"[A-Za-z]+", text)) if len(name) == 1}
-    names |= {name: getattr(sympy, name) for name in _CALLS if hasattr(sympy, name)}
+    names |= {name: getattr(sympy, name) for name in _NAMES if hasattr(sympy, name)}
     names.pop("E", None) if "E" not in text else None
     try:
         parsed = parse_expr(

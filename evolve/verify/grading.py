@@ -16,7 +16,7 @@ import re
 from collections.abc import Sequence
 
 from evolve.verify.formulas import formulas_equal
-from evolve.verify.notation import FUNCTION_NAMES, WORDS, normalise, units_differ
+from evolve.verify.notation import FORMULA_WORDS, WORDS, normalise, units_differ
 from evolve.verify.numerals import group_by, numbers_equal, quick_equiv, read_number
 from evolve.verify.structure import NAMED, Tree, structure
 
@@ -108,7 +108,7 @@ def _words(text: str) -> str | None:
     if choice:
         return choice[1].lower() if macro or plain != choice[1] or plain in "ABCDE" else None
     letters = re.fullmatch(r"[A-Za-z][A-Za-z '\-]*", plain)
-    if letters and not FUNCTION_NAMES & set(plain.lower().split()) and (macro or re.search("[A-Za-z]{3}", plain)):
+    if letters and not FORMULA_WORDS & set(plain.lower().split()) and (macro or re.search("[A-Za-z]{3}", plain)):
         return plain.lower()
     return None
 

@@ -29,11 +29,14 @@ PATIENCE_S = 0.25
 WALL_S = 5.0
 """Wall time after which they are."""
 
+MESSAGE_CHARS = 2200
+"""Longest name and message of an exception that anything honest reports."""
+
 REMEMBERED = 1 << 17
 """States known to be the lane's own."""
 
 
-def check_result(body: Any) -> dict[str, Any]:
+def check_result(body: Any, output_bytes: int) -> dict[str, Any]:
     """A step's result, checked member by member.
 
     Raises:
@@ -47,6 +50,11 @@ def check_result(body: Any) -> dict[str, Any]:
     for name, kind in shape.items():
         if not isinstance(body[name], kind):
             raise ProtocolError("a malformed result")
+    if (
+        len(body["o"].encode("utf-8", "surrogatepass")) > output_bytes
+        or len(body.get("e", "") + body.get("m", "")) > MESSAGE_CHARS
+    ):
+        raise ProtocolError("a result beyond its caps")
     return body
 
 
@@ -110,7 +118,7 @@ class Lane:
         """The worker's greeting, its results, or its death."""
         assert self.channel is not None
         try:
-            packet, pid, descriptors = receive(self.channel)
+            packet, pid, _, descriptors = receive(self.channel)
             for descriptor in descriptors:
                 os.close(descriptor)
             if packet == b"H" and self.pid == 0:
@@ -129,7 +137,7 @@ class Lane:
     def _results(self, bodies: Any) -> None:
         if not isinstance(bodies, list) or len(bodies) != len(self.sent):
             raise ProtocolError("a malformed result")
-        checked = [None if body is None else check_result(body) for body in bodies]
+        checked = [None if body is None else check_result(body, self.owner.settings.output_bytes) for body in bodies]
         jobs, self.sent, self.deadline = self.sent, [], None
         share = 1.0 / len(jobs)
         cpu = (time.clock_gettime(self.clock) - self.began_cpu) * share

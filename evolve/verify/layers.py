@@ -30,7 +30,10 @@ PACKAGES = (
 )
 """What of the environment's packages is visible inside; the rest is not mounted."""
 
-MODULES = ("launcher", "zygote", "arithmetic", "grading", "numerals", "notation", "structure", "formulas")
+MODULES = (
+    *("launcher", "zygote", "preload", "arithmetic"),
+    *("grading", "numerals", "notation", "structure", "formulas"),
+)
 """What of this package itself is visible inside."""
 
 INSIDE = "/sandbox"
@@ -171,6 +174,7 @@ def command(layers: Layers, kind: str, fd: int, memory_mb: int) -> list[str]:
         "DATA": memory_mb * mib,
         "MEMLOCK": 0,
         "MSGQUEUE": 0,
+        "SIGPENDING": 64,
         "STACK": 8 * mib,
         "NPROC": 16384,
     }

@@ -135,7 +135,7 @@ def digest(text: str) -> str:
     return hashlib.blake2b(text.encode("utf-8", "surrogatepass"), digest_size=8).hexdigest()
 
 
-def parse_result(packet: bytes, verb: bytes) -> dict[str, Any]:
+def parse_result(packet: bytes, verb: bytes, output_bytes: int) -> dict[str, Any]:
     """A result frame, checked member by member.
 
     Raises:
@@ -146,7 +146,7 @@ def parse_result(packet: bytes, verb: bytes) -> dict[str, Any]:
     except (ValueError, RecursionError) as error:
         raise ProtocolError("a malformed result") from error
     if verb == b"C":
-        return check_result(body)
+        return check_result(body, output_bytes)
     graded = body.get("g") if isinstance(body, dict) else None
     if not isinstance(graded, list) or len(body) != 1 or not all(isinstance(value, int) for value in graded):
         raise ProtocolError("a malformed result")

@@ -37,29 +37,15 @@ _UNIT_WORD = re.compile(
     r"((?:^|.*[\d})])\s?)(?<=[\d}) ])\s*((?:square |cubic |sq\.? |cu\.? )?[A-Za-z]{2,}(?:[ /][A-Za-z]+){0,3}\.?"
     r"(?:\s*\^\s*\{?\d\}?)?)$"
 )
-FUNCTION_NAMES = frozenset(
-    [
-        "pi",
-        "sqrt",
-        "sin",
-        "cos",
-        "tan",
-        "cot",
-        "sec",
-        "csc",
-        "log",
-        "ln",
-        "exp",
-        "oo",
-        "infty",
-        "or",
-        "and",
-        "cup",
-        "in",
-        "mod",
-        "inf",
-    ]
+FUNCTIONS = frozenset(
+    (
+        *("sqrt", "cbrt", "sin", "cos", "tan", "cot", "sec", "csc", "asin", "acos", "atan", "log", "ln", "exp"),
+        *("Rational", "factorial", "Abs"),
+    )
 )
+"""Functions by the names that sympy prints; the lower-case ones are LaTeX macros, too, or nearly."""
+FORMULA_WORDS = FUNCTIONS | {"pi", "oo", "infty", "inf", "or", "and", "cup", "in", "mod"}
+"""Words in lower case that are part of a formula: neither a unit nor the name of anything."""
 
 _UNITS = {
     name: canonical
@@ -120,7 +106,7 @@ def normalise(text: str) -> tuple[str, str]:
     text = re.sub(r"\\[dtc]frac", r"\\frac", text)
     text = _FRACTION.sub(lambda m: f"\\frac{{{m[1] or m[2] or ''}}}{{{m[3] or m[4] or ''}}}", text)
     text = re.sub(r"\\sqrt\s*(\d)", r"\\sqrt{\1}", text)
-    text = re.sub(r"_\{(\d+)\}", r"_\1", text)
+    text = re.sub(r"_\{\s*(\d+)\s*\}", r"_\1", text)
     text = re.sub(r"\\(?:ge|geqslant)(?![a-zA-Z])", r"\\geq", re.sub(r"\\(?:le|leqslant)(?![a-zA-Z])", r"\\leq", text))
     text = text.replace("\\varnothing", "\\emptyset").replace("\\lbrace", "\\{").replace("\\rbrace", "\\}")
     text = _DEGREES.sub("", text)
@@ -145,7 +131,7 @@ def _take_unit(text: str) -> tuple[str, str]:
     if match and re.search(r"\d", match[1]):
         words = match[2].lower().split()
         attached = not match[1].endswith(" ") and match[2] == match[2].lstrip()
-        if words[0].rstrip(".") in FUNCTION_NAMES or any(w in FUNCTION_NAMES for w in words):
+        if words[0].rstrip(".") in FORMULA_WORDS or any(w in FORMULA_WORDS for w in words):
             return text, ""
         if attached and text[match.start(2) - 1] != " " and words[0] not in _UNITS:
             return text, ""

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 from evolve.verify.deaths import cause_of_death
 from evolve.verify.nodes import LIVE, RUNNING, STARTING, Job, Node, digest, parse_result, process_parents
-from evolve.verify.server import ProtocolError, Server, ServerState, make_channel, receive
+from evolve.verify.server import ProtocolError, Server, ServerState, make_channel, pass_pidfds, receive
 from evolve.verify.snapshots import Snapshots
 
 if TYPE_CHECKING:
@@ -38,6 +38,7 @@ class Runner:
     def fork(self, job: Job, server: Server, parent: Node | None) -> None:
         """Command a fork of `parent` (or of the server itself) to run the job's next step."""
         ours, theirs = make_channel()
+        pass_pidfds(ours, True)
         node = Node(server, parent, job, ours)
         source = server.channel if parent is None else parent.channel
         pid = server.pid if parent is None else parent.pid
@@ -67,7 +68,7 @@ class Runner:
     def hear(self, node: Node) -> None:
         """A node's channel can be read."""
         try:
-            packet, pid, descriptors = receive(node.channel)
+            packet, pid, pidfd, descriptors = receive(node.channel)
         except BlockingIOError:
             return
         except (ProtocolError, OSError) as error:
@@ -75,20 +76,24 @@ class Runner:
             return
         for descriptor in descriptors:
             os.close(descriptor)
+        if node.state == STARTING and packet == b"H" and pid not in self.pids and pid != node.server.pid:
+            self._greeted(node, pid, pidfd)
+            return
+        if pidfd >= 0:
+            os.close(pidfd)
         if not packet:
             self._on_death(node)
-        elif node.state == STARTING and packet == b"H" and pid not in self.pids and pid != node.server.pid:
-            self._greeted(node, pid)
         elif node.state == RUNNING and pid == node.pid and packet[:1] == b"R":
             self._on_result(node, packet)
         else:
             self._violation(node, "a frame out of turn")
 
-    def _greeted(self, node: Node, pid: int) -> None:
+    def _greeted(self, node: Node, pid: int, pidfd: int) -> None:
+        pass_pidfds(node.channel, False)
         try:
-            node.pidfd = os.pidfd_open(pid)
+            node.pidfd = pidfd if pidfd >= 0 else os.pidfd_open(pid)
         except ProcessLookupError:
-            # It ran and died before this: the code's doing, as its parent did fork.
+            # It ran and died before this: the code's doing, as its parent did fork. Of what, nobody can say.
             self._stop_parent(node)
             node.state = RUNNING
             self._on_death(node)
@@ -115,7 +120,7 @@ class Runner:
         job = node.job
         assert job is not None
         try:
-            body = parse_result(packet, job.verb)
+            body = parse_result(packet, job.verb, node.server.settings.output_bytes)
         except ProtocolError as error:
             self._violation(node, str(error))
             return
@@ -165,6 +170,7 @@ class Runner:
     def _on_death(self, node: Node) -> None:
         """A node's channel closed without our doing."""
         if node.state == LIVE:
+            node.server.killed_for_memory()
             self.end(node)
             return
         # Its server may be dying too, which is not the code's doing: judge when that would be known.
@@ -177,7 +183,7 @@ class Runner:
         if node.state == STARTING:
             self._lineage_failed(node, "crash", "the state to continue from died")
         else:
-            self._fail(node, *cause_of_death(node.pidfd))
+            self._fail(node, *cause_of_death(node.pidfd, node.server.killed_for_memory()))
 
     def _fail(self, node: Node, status: str, message: str) -> None:
         """End a running node and report it."""

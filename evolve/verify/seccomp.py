@@ -7,6 +7,7 @@ supervisor, which lets the forks it has commanded through and refuses all others
 from __future__ import annotations
 
 import errno
+import mmap
 import os
 
 FORK_FLAGS = 0x1200011
@@ -25,7 +26,6 @@ ALLOWED = [
     "newfstatat",
     "statx",
     "lseek",
-    "mmap",
     "mprotect",
     "munmap",
     "mremap",
@@ -48,7 +48,6 @@ ALLOWED = [
     "dup",
     "dup2",
     "dup3",
-    "fcntl",
     "pipe",
     "pipe2",
     "poll",
@@ -124,6 +123,10 @@ ALLOWED = [
 IOCTLS = (0x5401, 0x541B, 0x5451)
 """TCGETS, FIONREAD, FIOCLEX."""
 
+FCNTLS = (0, 1, 2, 3, 4, 1030, 1032, 1034)
+"""F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC, F_GETPIPE_SZ, F_GET_SEALS. By F_SETOWN and F_SETSIG a
+node could have the kernel send any signal to any other."""
+
 PR_SET_NAME = 15
 
 
@@ -142,6 +145,11 @@ def compile_filter() -> bytes:
             rules.add_rule(seccomp.ALLOW, name)
     for request in IOCTLS:
         rules.add_rule(seccomp.ALLOW, "ioctl", seccomp.Arg(1, seccomp.EQ, request))
+    # Memory that is shared would be shared between siblings. Native code (Python's mmap maps it so) stays possible.
+    rules.add_rule(seccomp.ALLOW, "mmap", seccomp.Arg(3, seccomp.MASKED_EQ, mmap.MAP_SHARED, 0))
+    rules.add_rule(seccomp.ALLOW, "mmap", seccomp.Arg(2, seccomp.MASKED_EQ, mmap.PROT_EXEC, mmap.PROT_EXEC))
+    for command in FCNTLS:
+        rules.add_rule(seccomp.ALLOW, "fcntl", seccomp.Arg(1, seccomp.EQ, command))
     rules.add_rule(seccomp.ALLOW, "prlimit64", seccomp.Arg(0, seccomp.EQ, 0))
     rules.add_rule(seccomp.ALLOW, "prctl", seccomp.Arg(0, seccomp.EQ, PR_SET_NAME))
     rules.add_rule(seccomp.NOTIFY, "clone", seccomp.Arg(0, seccomp.EQ, FORK_FLAGS))

@@ -23,7 +23,7 @@ from evolve.types import Problem, Status, Verdict
 from evolve.verify.layers import Layers
 from evolve.verify.nodes import process_parents
 from evolve.verify.service import SandboxVerifier
-from evolve.verify.steps import needs_full, prefix_keys
+from evolve.verify.steps import prefix_keys, server_kind
 
 SECRET = "SECRET-4f1d7c"
 """Put into this process's environment: nothing inside may see it."""
@@ -69,13 +69,21 @@ def load(path: Path) -> list[Snippet]:
     """Read a snippets file.
 
     Raises:
-        ValueError: an entry has an unknown key or invariant, or lacks a needed one.
+        ValueError: it is no JSON list of objects, or one has an unknown key or invariant, or lacks a needed one.
     """
+    try:
+        entries = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} is not JSON: {error}") from error
+    if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
+        raise ValueError(f"{path} is not a JSON list of objects")
     snippets = []
-    for entry in json.loads(path.read_text()):
+    for entry in entries:
         unknown = set(entry) - {"name", "code", "expect", "timeout_s", "prefix_steps", "then_sibling"}
-        if unknown or not {"name", "code", "expect"} <= set(entry):
-            raise ValueError(f"{path}: {entry.get('name')!r}: unknown or missing keys ({sorted(unknown)})")
+        missing = {"name", "code", "expect"} - set(entry)
+        if unknown or missing or "status_in" not in entry["expect"]:
+            odd = f"unknown {sorted(unknown)}, missing {sorted(missing) or ['expect.status_in']}"
+            raise ValueError(f"{path}: {entry.get('name')!r}: keys {odd}")
         invariants = set(entry["expect"].get("invariants", ()))
         if not invariants <= INVARIANTS:
             raise ValueError(f"{path}: {entry['name']!r}: unknown invariants {sorted(invariants - INVARIANTS)}")
@@ -116,7 +124,7 @@ class SelfTest:
     async def run(self, problem: Problem, parent: Iterable[str], step: str, limit: float, spare: float) -> Verdict:
         """Execute a step under its own limits; `spare`: how much more wall than CPU time."""
         codes = (*parent, step)
-        kind = "full" if any(map(needs_full, codes)) else "light"
+        kind = server_kind(codes)
         keys = prefix_keys(problem.id, kind, codes)
         if len(step) > 1 << 17:
             return await self.verifier.check(problem, tuple(parent), step)
@@ -132,6 +140,7 @@ class SelfTest:
         for verdicts in (
             await self.verifier.check_many([(problem, (), self.quadratic) for problem in problems]),
             await self.verifier.check_many([(problem, (), "light = 1") for problem in problems]),
+            await self.verifier.check_many([(problem, (), "import numpy") for problem in problems]),
         ):
             for verdict in verdicts:
                 if verdict.status is not Status.OK:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import array
+import contextlib
 import errno
 import fcntl
 import json
@@ -11,9 +12,11 @@ import signal
 import socket
 import struct
 import subprocess
+import sys
 from dataclasses import dataclass, field
 from enum import Enum
 from pathlib import Path
+from typing import NamedTuple
 
 from evolve.verify import cgroups, layers
 from evolve.verify.layers import Layers
@@ -26,7 +29,9 @@ STRIKES = 10
 """Refused forks after which a process is killed."""
 
 _CREDENTIALS = struct.Struct("3i")
-_ANCILLARY = socket.CMSG_SPACE(_CREDENTIALS.size) + socket.CMSG_SPACE(4)
+_ANCILLARY = socket.CMSG_SPACE(_CREDENTIALS.size) + 2 * socket.CMSG_SPACE(4)
+_PASS_PIDFD, _SCM_PIDFD = 76, 4
+"""SO_PASSPIDFD and the kind of the message it makes, which Python does not name."""
 _buffer = bytearray(FRAME)
 _view = memoryview(_buffer)
 
@@ -39,31 +44,44 @@ class ProtocolError(Exception):
     """A packet that nothing honest sends."""
 
 
-def receive(channel: socket.socket) -> tuple[bytes, int, list[int]]:
-    """One packet, the process id the kernel attests for its sender, and descriptors that came with it.
+class Packet(NamedTuple):
+    """What came over a channel, with what the kernel attests."""
 
-    Empty bytes: the other end is closed.
+    data: bytes
+    """Empty: the other end is closed."""
+    pid: int
+    """Its sender's process id."""
+    pidfd: int
+    """Its sender's pidfd, the receiver's to close; -1: not asked for, or not to be had."""
+    descriptors: list[int]
+    """Descriptors the sender passed, the receiver's to close."""
+
+
+def receive(channel: socket.socket) -> Packet:
+    """The next packet.
 
     Raises:
         BlockingIOError: nothing is there.
         ProtocolError: the packet is too long.
     """
     size, ancillary, flags, _ = channel.recvmsg_into([_view], _ANCILLARY)
-    pid, descriptors = 0, []
+    pid, pidfd, descriptors = 0, -1, []
     for level, kind, data in ancillary:
         if level != socket.SOL_SOCKET:
             continue
         if kind == socket.SCM_CREDENTIALS:
             pid = _CREDENTIALS.unpack(data[: _CREDENTIALS.size])[0]
+        elif kind == _SCM_PIDFD:
+            pidfd = max(-1, int.from_bytes(data[:4], sys.byteorder, signed=True))
         elif kind == socket.SCM_RIGHTS:
             received = array.array("i")
             received.frombytes(data[: len(data) - len(data) % 4])
             descriptors += list(received)
     if flags & socket.MSG_TRUNC:
-        for descriptor in descriptors:
+        for descriptor in (*descriptors, *([pidfd] if pidfd >= 0 else [])):
             os.close(descriptor)
         raise ProtocolError("a packet was longer than the limit")
-    return bytes(_view[:size]), pid, descriptors
+    return Packet(bytes(_view[:size]), pid, pidfd, descriptors)
 
 
 def make_channel() -> tuple[socket.socket, socket.socket]:
@@ -72,6 +90,15 @@ def make_channel() -> tuple[socket.socket, socket.socket]:
     ours.setblocking(False)
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
     return ours, theirs
+
+
+def pass_pidfds(channel: socket.socket, wanted: bool) -> None:
+    """Whether packets come with their sender's pidfd (Linux 6.5; from 6.17 also that of a sender long dead).
+
+    Its process id may be another's by the time it is read; this cannot be.
+    """
+    with contextlib.suppress(OSError):
+        channel.setsockopt(socket.SOL_SOCKET, _PASS_PIDFD, int(wanted))
 
 
 class ServerState(Enum):
@@ -115,6 +142,8 @@ class Server:
     log: int = -1
     group: Path | None = None
     """Its control group."""
+    oom_kills: int = 0
+    """Of its group, as far as they are accounted for."""
     init: int = 0
     """First process of the pid namespace, if there is one: all others end before it does."""
 
@@ -150,7 +179,7 @@ class Server:
             ProtocolError: the zygote said something else, or is gone.
         """
         assert self.channel is not None
-        packet, pid, descriptors = receive(self.channel)
+        packet, pid, _, descriptors = receive(self.channel)
         if self.state is ServerState.WARMING and packet == b"W":
             self.pid = pid
             confined = self.settings.layers.seccomp
@@ -221,6 +250,19 @@ class Server:
         self.permits.pop(pid, None)
         self.strikes.pop(pid, None)
 
+    def killed_for_memory(self) -> bool | None:
+        """Whether the kernel killed one more process of this server for memory than is accounted for; None: unknown.
+
+        Accounts for one death.
+        """
+        kills = None if self.group is None else cgroups.oom_kills(self.group)
+        if kills is None:
+            return None
+        if kills > self.oom_kills:
+            self.oom_kills += 1
+            return True
+        return False
+
     def tail(self) -> str:
         """The last lines the sandbox wrote before it locked itself down."""
         try:
@@ -248,7 +290,7 @@ class Server:
         if self.group is not None:
             cgroups.remove(self.group, 0.1)
             self.group = None
-        self.pid = self.init = 0
+        self.pid = self.init = self.oom_kills = 0
         self.permits.clear()
         self.strikes.clear()
 

@@ -29,7 +29,7 @@ from evolve.verify.layers import ENVIRONMENT, Layers, detect
 from evolve.verify.link import Link
 from evolve.verify.nodes import digest
 from evolve.verify.numerals import quick_equiv, quick_group
-from evolve.verify.steps import looks_plain, needs_full, prefix_keys, refusal, validate
+from evolve.verify.steps import looks_plain, prefix_keys, refusal, server_kind, validate
 
 SLOTS = 4
 """Steps a supervisor runs at once, so that one that sleeps does not hold up the others."""
@@ -148,14 +148,24 @@ class SandboxVerifier:
         held, link.held = link.held, {}
         link.received.clear()
         for number, (future, packet, attempts) in held.items():
-            if attempts + 1 >= ATTEMPTS:
-                future.set_result({"s": "infrastructure", "m": "its supervisor died", "cpu": 0.0, "wall": 0.0})
-            else:
+            if attempts + 1 < ATTEMPTS:
                 link.held[number] = (future, packet, attempts + 1)
+            elif not future.done():
+                future.set_result({"s": "infrastructure", "m": "its supervisor died", "cpu": 0.0, "wall": 0.0})
         link.relaunch = asyncio.get_running_loop().create_task(self._relaunch(link))
 
     async def _relaunch(self, link: Link) -> None:
-        await self._launch(link)
+        while True:
+            try:
+                await self._launch(link)
+                break
+            except OSError as error:  # No memory or descriptors just now.
+                why = f"no supervisor can be started: {error}"
+                for future, _, _ in link.held.values():
+                    if not future.done():
+                        future.set_result({"s": "infrastructure", "m": why, "cpu": 0.0, "wall": 0.0})
+                link.held.clear()
+                await asyncio.sleep(1.0)
         assert link.transport is not None
         for _, packet, _ in list(link.held.values()):
             link.transport.write(packet)
@@ -166,6 +176,11 @@ class SandboxVerifier:
         for link in self._links:
             if link.transport is not None:
                 link.transport.abort()
+            elif link.relaunch is not None:
+                link.relaunch.cancel()
+                for future, _, _ in link.held.values():
+                    if not future.done():
+                        future.set_exception(RuntimeError("the verifier was closed"))
         for link in self._links:
             if link.process is not None:
                 await asyncio.to_thread(link.process.wait)
@@ -197,7 +212,7 @@ class SandboxVerifier:
         if refused is not None:
             self._counts["refused"] += 1
             return refused
-        kind = "full" if any(map(needs_full, codes)) else "light"
+        kind = server_kind(codes)
         keys = prefix_keys(problem.id, kind, codes)
         key = keys[-1]
         known = self._verdicts.get(key)
@@ -233,7 +248,7 @@ class SandboxVerifier:
     ) -> Verdict:
         """Execute `codes[-1]` without looking whether it was executed before.
 
-        `kind`: the interpreter, `light` or `full`. `lane`: whether plain arithmetic may share a process.
+        `kind`: the interpreter (see `steps.server_kind`). `lane`: whether plain arithmetic may share a process.
         """
         response = await self._request(
             problem_id,

@@ -15,27 +15,16 @@ CODE_BYTES = 128 * 1024
 """Longest step that is run, bytes of UTF-8; what fits one packet."""
 
 _LIGHT = frozenset(
-    [
-        "abc",
-        "bisect",
-        "builtins",
-        "cmath",
-        "collections",
-        "copy",
-        "enum",
-        "functools",
-        "heapq",
-        "io",
-        "itertools",
-        "math",
-        "numbers",
-        "operator",
-        "re",
-        "string",
-        "sys",
-        "time",
-        "typing",
-    ]
+    (
+        *("abc", "bisect", "builtins", "cmath", "collections", "copy", "enum", "functools", "heapq", "io", "itertools"),
+        *("math", "numbers", "operator", "re", "string", "sys", "time", "typing"),
+    )
+)
+_SYMBOLIC = _LIGHT | frozenset(
+    (
+        *("calendar", "contextlib", "dataclasses", "datetime", "decimal", "fractions", "json", "mpmath", "random"),
+        *("statistics", "sympy", "textwrap", "types"),
+    )
 )
 _IMPORT = re.compile(r"^[ \t]*(?:from[ \t]+([\w.]+)[ \t]+import\b|import[ \t]+([\w. \t,]+))", re.MULTILINE)
 
@@ -51,15 +40,26 @@ def validate(config: VerifierConfig) -> None:
 
 
 @lru_cache(maxsize=1 << 14)
-def needs_full(code: str) -> bool:
-    """Whether `code` imports, or may import, something a light interpreter has not loaded cheaply."""
-    found = 0
+def _imported(code: str) -> frozenset[str]:
+    """The packages that `code` imports; `?` is among them where that cannot be told.
+
+    Sympy's lambdify imports numpy when it is called.
+    """
+    found, names = 0, []
     for match in _IMPORT.finditer(code):
         found += 1
-        names = [match[1]] if match[1] else [part.split()[0] for part in match[2].split(",") if part.strip()]
-        if any(name.partition(".")[0] not in _LIGHT for name in names):
-            return True
-    return code.count("import") != found
+        names += [match[1]] if match[1] else [part.split()[0] for part in match[2].split(",") if part.strip()]
+    names += ["?"] * (code.count("import") != found or "lambdify" in code)
+    return frozenset(name.partition(".")[0] for name in names)
+
+
+def server_kind(codes: Sequence[str]) -> str:
+    """Which server runs `codes`: the one that forks most cheaply of those that have loaded what they import.
+
+    `light` has a part of the standard library, `symbolic` sympy too, `full` also numpy.
+    """
+    names = frozenset().union(*map(_imported, codes))
+    return "light" if names <= _LIGHT else "symbolic" if names <= _SYMBOLIC else "full"
 
 
 _NOT_PLAIN = re.compile(

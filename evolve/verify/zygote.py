@@ -1,7 +1,7 @@
 """What runs inside the sandbox: an interpreter server that forks one process per tree node.
 
-The file is imported by path in a fresh interpreter; of this package it sees `grading` with what that imports
-(grading servers) and `arithmetic` (the lane's worker), and nothing else. A *zygote* imports and warms up, locks
+The file is imported by path in a fresh interpreter; of this package it sees `preload`, `grading` with what that
+imports (grading servers) and `arithmetic` (the lane's worker), and nothing else. A *zygote* imports and warms up, locks
 itself down, then serves its channel; every command makes it fork, and the child runs the command's code, reports, and
 serves its own channel in turn, so that each node can be forked again.
 
@@ -21,18 +21,6 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from _socket import socket as Socket
-
-LIGHT = ("abc", "collections", "copy", "enum", "functools", "io", "itertools", "numbers", "operator", "re")
-"""Modules a light interpreter has loaded: those that map no extension module, since every mapping
-makes each fork dearer."""
-
-FULL = (
-    *LIGHT,
-    *("array", "bisect", "calendar", "cmath", "contextlib", "csv", "dataclasses", "datetime", "decimal"),
-    *("fractions", "heapq", "json", "math", "random", "secrets", "statistics", "string", "textwrap"),
-    *("time", "types", "typing", "unicodedata"),
-    *("numpy", "mpmath", "sympy"),
-)
 
 MESSAGE_CHARS = 2000
 """Longest exception message that is reported."""
@@ -231,59 +219,6 @@ def as_package(here: str) -> None:
         sys.modules[name].__path__ = [here]
 
 
-def warm_up(sympy: Any, numpy: Any) -> None:
-    """Make the calls that steps make, so that what they load and cache is shared and not made in each node."""
-    names: dict[str, Any] = {}
-    exec("from sympy import *\nx, y, z = symbols('x y z')\nn = symbols('n', integer=True, positive=True)", names)
-    for code in (
-        "solve(x**2 - 5*x + 6, x), solve(x**2 - 2, x), solve(x**3 - 6*x**2 + 11*x - 6, x), solve(3*x - 7, x)",
-        "solve([2*x + y - 7, x - 3*y], [x, y]), solve(Eq(2*x + 1, 5), x), solveset(x**2 - 4, x, S.Reals)",
-        "solve(x**2 + y**2 - 25, y), solve(x**2 - 3*x + 1 < 0, x), roots(x**2 - x - 1), nsolve(x**2 - 2, 1)",
-        "expand((2*x - 1)**2*(x + 4)), factor(x**3 - 1), simplify((x**2 - 1)/(x - 1)), together(1/x + 1/y)",
-        "(x**3 - 3*x + 2).subs(x, Rational(1, 2) + sqrt(3)/2), apart(1/(x**2 - 1)), radsimp(1/sqrt(2))",
-        "diff(sin(x)*exp(x), x), diff(x**3 - 2*x, x), limit(sin(x)/x, x, 0), series(exp(x), x, 0, 4)",
-        "integrate(x**2 + 1, x), integrate(x**3 - 2*x, (x, 0, 2)), integrate(sin(x), (x, 0, pi)), integrate(1/x, x)",
-        "integrate(x**4 - 3*x + 2, (x, 1, 3)), integrate(x*exp(x), x), integrate(1/(x**2 + 1), x)",
-        "summation(n, (n, 1, 10)), summation(z**2, (z, 1, n)), binomial(10, 3), factorial(6), gcd(12, 18), lcm(4, 6)",
-        "factorint(360), divisors(36), isprime(97), primerange(2, 30), totient(36), Mod(17, 5), igcd(4, 6)",
-        "simplify(sin(x)**2 + cos(x)**2), trigsimp(2*sin(x)*cos(x)), cos(pi/3), atan(1), sqrt(8), log(8, 2)",
-        "Matrix([[1, 2], [3, 4]]).det(), Matrix([[2, 1], [1, 3]]).inv(), Matrix([[2, 0], [0, 3]]).eigenvals()",
-        "str(sqrt(8)/3 + pi*I), repr(x**2/3 - 1), Rational(1, 3).evalf(), N(pi, 10), float(sqrt(2)), int(Integer(3))",
-        "Point(0, 0).distance(Point(3, 4)), nsimplify(0.5), Poly(x**2 + 1, x).all_coeffs(), floor(Rational(7, 2))",
-    ):
-        eval(code, names)
-    numpy.linalg.solve(numpy.eye(2), numpy.ones(2))
-    numpy.linalg.det(numpy.eye(2)), numpy.roots([1, -3, 2]), repr(numpy.arange(3) * 1.5), numpy.arange(10).sum()
-    str(numpy.float64(0.5)), numpy.mean([1, 2]), numpy.linspace(0, 1, 3), numpy.random.rand()
-
-
-def preload(kind: str) -> None:
-    """Import and warm up what a server of this kind offers."""
-    import importlib
-
-    # Hooks run at every fork: `random` would reseed itself in each child, so that siblings would
-    # not share their parent's random state. There are no threads here, whose locks need others.
-    os.register_at_fork = lambda **hooks: None
-    for name in LIGHT if kind == "light" else FULL:
-        importlib.import_module(name)
-    if kind == "light":
-        return
-    import random
-
-    import numpy
-    import sympy
-
-    random.seed(0)
-    numpy.random.seed(0)
-    warm_up(sympy, numpy)
-    random.seed(0)
-    numpy.random.seed(0)
-    if kind == "grade":
-        from evolve.verify import grading
-
-        grading.warm_up()
-
-
 def lock_down(channel: Socket, settings: dict[str, Any], program: bytes) -> None:
     """Collapse the heap into huge pages, forbid dumps, load the seccomp program, hand out its listener."""
     import array
@@ -294,8 +229,7 @@ def lock_down(channel: Socket, settings: dict[str, Any], program: bytes) -> None
     for start, end in settings["ranges"]:
         start, end = -(-start >> 21) << 21, end >> 21 << 21
         if end > start:
-            # Advice only: MADV_HUGEPAGE (14), then MADV_COLLAPSE (25), which older kernels lack.
-            # no-hint
+            # MADV_COLLAPSE, which older kernels lack. It gives no hint that later pages should be huge, too.
             libc.madvise(ctypes.c_void_p(start), ctypes.c_size_t(end - start), 25)
 
     def prctl(*values: int) -> None:
@@ -330,9 +264,13 @@ def main(kind: str, fd: int, here: str) -> None:
 
     channel = socket.socket(fileno=fd)
     sys.path.remove(here)
-    if kind == "grade":
-        as_package(here)
+    as_package(here)
+    from evolve.verify.preload import fill_pools, preload
+
     preload(kind)
+    if kind != "grade":
+        for name in [name for name in sys.modules if name.partition(".")[0] == "evolve"]:
+            del sys.modules[name]
     channel.send(b"W")
     settings = json.loads(channel.recv(1 << 18))
     program = channel.recv(1 << 18) if settings["seccomp"] else b""
@@ -375,6 +313,7 @@ def main(kind: str, fd: int, here: str) -> None:
     lock_down(channel, settings, program)
     gc.set_threshold(*GC_THRESHOLDS)
     gc.collect()
+    _fillers = [] if kind == "light" else fill_pools()
     gc.freeze()
     try:
         serve(channel, module.__dict__, stdout, disarm, limit_cpu, here)

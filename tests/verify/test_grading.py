@@ -2,14 +2,14 @@
 
 import asyncio
 import json
-import re
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from pathlib import Path
 
 import pytest
 import pytest_asyncio
 
+from benchmarks.grading import sweep
 from evolve.schema import VerifierConfig
 from evolve.types import Outcome, Problem
 from evolve.verify.grading import equiv, group
@@ -128,41 +128,18 @@ def golds() -> list[str]:
     ]
 
 
-def rewritings(gold: str) -> Iterator[str]:
-    """Obvious other ways to write an answer."""
-    yield gold
-    yield f"  {gold} "
-    yield f"${gold}$"
-    yield gold.replace("\\frac", "\\dfrac") if "\\dfrac" not in gold else gold.replace("\\dfrac", "\\frac")
-    if "=" not in gold and "\\in" not in gold:
-        yield f"x={gold}"
-        yield f"x = {gold}"
-    if re.search(r"\d", gold) and "\\text" not in gold:
-        yield f"{gold} \\text{{ units}}"
-    if "\\left" not in gold:
-        yield gold.replace("(", "\\left(").replace(")", "\\right)")
-
-
-def near_misses(gold: str) -> Iterator[str]:
-    """Answers that look alike and are wrong."""
-    numbers = list(re.finditer(r"\d+", gold))
-    for number in {m.start(): m for m in (*numbers[:1], *numbers[-1:])}.values():
-        yield gold[: number.start()] + str(int(number[0]) + 1) + gold[number.end() :]
-    if gold.startswith("-"):
-        yield gold[1:]
-    elif re.fullmatch(r"\d+|\\d?frac\{\d+\}\{\d+\}", gold) and not re.fullmatch("0+", gold):
-        yield "-" + gold
-    pair = re.fullmatch(r"\(([^,()]+),([^,()]+)\)", gold)
-    if pair and pair[1] != pair[2]:
-        yield f"({pair[2]},{pair[1]})"
-
-
 def test_every_gold_answer_equals_its_rewritings_and_no_near_miss() -> None:
-    wrong = []
-    for gold in golds():
-        wrong += [(gold, other) for other in rewritings(gold) if not (equiv(gold, other) and equiv(other, gold))]
-        wrong += [(gold, other) for other in near_misses(gold) if equiv(gold, other) or equiv(other, gold)]
+    counts, wrong = sweep(golds())
     assert wrong == []
+    assert min(counts["rewritings"], counts["near_misses"]) >= counts["golds"]
+    assert counts["asymmetric"] == 0
+
+
+def test_the_sweep_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("benchmarks.grading.equiv", lambda a, b: a == b or len(b) < len(a))
+    counts, wrong = sweep(["12", "-7", "(3,5)"])
+    assert min(counts["unequal_rewritings"], counts["equal_near_misses"], counts["asymmetric"]) > 0
+    assert len(wrong) == counts["unequal_rewritings"] + counts["equal_near_misses"]
 
 
 def test_grouping_names_the_first_of_each_group() -> None:

@@ -1,0 +1,35 @@
+"""What a node is said to have died of."""
+
+import os
+import signal
+
+import pytest
+
+from evolve.verify.deaths import cause_of_death
+from tests.verify.support import dead_sender, early_deaths_are_known
+
+
+@pytest.mark.skipif(not early_deaths_are_known(), reason="this kernel does not tell (before Linux 6.17)")
+@pytest.mark.parametrize(
+    ("number", "for_memory", "status"),
+    [
+        (signal.SIGKILL, None, "oom"),
+        (signal.SIGKILL, True, "oom"),
+        (signal.SIGKILL, False, "crash"),
+        (signal.SIGXCPU, False, "timeout"),
+        (signal.SIGTERM, True, "crash"),
+    ],
+)
+def test_what_died_before_its_greeting_was_read_has_a_cause(number: int, for_memory: bool | None, status: str) -> None:
+    pidfd = dead_sender(lambda: os.kill(os.getpid(), number))
+    try:
+        assert cause_of_death(pidfd, for_memory)[0] == status
+    finally:
+        os.close(pidfd)
+
+
+@pytest.mark.parametrize(("for_memory", "status"), [(None, "crash"), (False, "crash"), (True, "oom")])
+def test_where_the_exit_status_is_not_told_the_control_groups_count_decides(
+    for_memory: bool | None, status: str
+) -> None:
+    assert cause_of_death(-1, for_memory)[0] == status
