@@ -152,6 +152,11 @@ def local_directory(path: Place) -> Path:
     return path.local_directory() if isinstance(path, RemotePath) else path
 
 
+def local_file(path: Place) -> Path:
+    """A file on this node's disk: itself, or this node's copy of it."""
+    return path.local_file() if isinstance(path, RemotePath) else path
+
+
 def workshop(path: Place) -> Path:
     """Where this node may prepare what will be published at or below `path`."""
     return working(path) if isinstance(path, RemotePath) else path

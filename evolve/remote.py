@@ -168,6 +168,26 @@ class RemotePath:
         with self._asking() as found:
             return found
 
+    def local_file(self) -> Path:
+        """A copy of the object on this node's disk; asked for twice it is made once.
+
+        Raises:
+            FileNotFoundError: there is none.
+        """
+        with self._asking() as (fs, path):
+            version = hashlib.sha256(f"{self.uri} {fs.ukey(path)}".encode()).hexdigest()
+            target = cache_root() / "files" / version
+            with _alone(target):
+                if not target.exists():
+                    aside = target.with_name(f".{version}.{uuid.uuid4().hex[:8]}")
+                    try:
+                        fs.get_file(path, str(aside))
+                        _sync(aside)
+                        aside.replace(target)
+                    finally:
+                        aside.unlink(missing_ok=True)
+        return target
+
     # ------------------------------------------------------------------ changing
 
     def put(self, content: bytes) -> None:
@@ -358,11 +378,15 @@ def _alone(target: Path) -> Iterator[None]:
 def _settle(aside: Path, target: Path) -> None:
     """Make a whole directory this node's copy, durably, in place of one that is not whole."""
     for entry in [*aside.rglob("*"), aside]:
-        descriptor = os.open(entry, os.O_RDONLY)
-        try:
-            os.fsync(descriptor)
-        finally:
-            os.close(descriptor)
+        _sync(entry)
     if target.exists():
         shutil.rmtree(target)
     aside.rename(target)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

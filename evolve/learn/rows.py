@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from evolve.files import Place, place, publish_file, readable
+from evolve.files import Place, local_file, place, publish_file, readable
 from evolve.types import StepPair, Trajectory
 
 Row = TypeVar("Row", Trajectory, StepPair)
@@ -134,4 +134,4 @@ def read(path: str | Place) -> pa.Table:
 
 
 def _open_arrow(path: Place) -> Any:
-    return pa.ipc.open_file(pa.memory_map(str(path)) if isinstance(path, Path) else readable(path))
+    return pa.ipc.open_file(pa.memory_map(str(local_file(path))))

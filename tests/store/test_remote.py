@@ -21,9 +21,11 @@ from evolve.files import (
     put_share,
     remove_tree,
 )
+from evolve.learn import rows
 from evolve.policy.checkpoint import DigestMismatch, digest, resolve, verify
 from evolve.remote import INDEX, Damaged, RemotePath, cache_root
 from evolve.store.run import RoundDirectory, RunDirectory
+from tests.learn.conftest import make_trajectories
 from tests.object_store.use import objects_at
 
 
@@ -204,6 +206,16 @@ def test_lines_go_on_where_another_node_stopped(store: RemotePath) -> None:
         lines.publish()
         remove_tree(cache_root())
     assert (store / "metrics.jsonl").read_text() == "one\ntwo\n"
+
+
+def test_training_rows_are_fetched_once_a_node_and_anew_when_they_change(
+    store: RemotePath, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("OBJECTS_LOG", str(tmp_path / "log"))
+    for count in (3, 5):
+        rows.write(rows.to_table(make_trajectories(count)), store / "rows.arrow")
+        assert [rows.read(store / "rows.arrow").num_rows for _ in range(2)] == [count] * 2
+    assert (tmp_path / "log").read_text().count("rows.arrow") == 2
 
 
 def test_what_others_write_is_held_without_links(store: RemotePath, tmp_path: Path) -> None:
