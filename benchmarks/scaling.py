@@ -3,10 +3,10 @@
     python -m benchmarks.scaling [--shards 1 2 4 8 16] [--json FILE] [--check]
 
 Every shard has a simulated engine, and every size grows the same problems over again for every shard. All of it runs on
-this machine, so the shards are small (`SLOTS` slots) and their engines are slowed until its CPU is not the limit: a run of one
-at full speed tells what it takes, and the speed is chosen so that the largest size takes at most `LOAD` of the cores.
-The factor is printed. How many shards one core can drive is measured with one of full size (`FULL_SLOTS`) at full
-speed. Execution is stubbed out (a node brings its own CPUs for that). Efficiency is trees a second and shard, over
+this machine, so the shards are small (`SLOTS` slots) and their engines are slowed until its CPU is not the limit: a run
+of one at full speed tells what it takes, and the speed is chosen so that the largest size takes at most `LOAD` of the
+cores. The factor is printed. How many shards one core can drive is measured with one of full size (`FULL_SLOTS`) at
+full speed. Execution is stubbed out (a node brings its own CPUs for that). Efficiency is trees a second and shard, over
 those of one shard.
 
 A candidate's cost is that of driver, board, shards and services. What Ray's own processes take (some per cent of a
