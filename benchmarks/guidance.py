@@ -25,6 +25,7 @@ from benchmarks.common import finish, parser
 from evolve import cluster
 from evolve.config import read, resolve_round
 from evolve.evaluate import interval
+from evolve.files import entries
 from evolve.fleet import Checkpoint, Fleet
 from evolve.learn.pairs import mine
 from evolve.policy.formats import format_named
@@ -66,7 +67,7 @@ def grow(
         progress, seconds = scene.grow(fleet.groups, problems, job)
         if progress.trees != len(problems):
             raise RuntimeError(f"{len(problems)} trees were asked for and {progress.trees} grown")
-        return [tree for part in sorted(job.trees.glob("*.parquet")) for tree in read_part(part)], seconds
+        return [tree for part in entries(job.trees, "*.parquet") for tree in read_part(part)], seconds
 
 
 def pair_quality(config: EvolveConfig, trees: Sequence[Tree], problems: dict[str, Problem]) -> tuple[int, float]:

@@ -16,6 +16,7 @@ from random import Random
 from typing import Any
 
 from evolve.fleet import Engines
+from evolve.policy.checkpoint import resolve
 from evolve.policy.standin import StandIn
 from evolve.schema import EngineConfig, EvolveConfig, ScoreForm
 from evolve.search.seeds import derive
@@ -57,7 +58,7 @@ class ScriptedPolicy(_Scripted):
     def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.path)
+        return AutoTokenizer.from_pretrained(resolve(self.path))
 
     @cached_property
     def _specs(self) -> dict[str, Spec]:

@@ -31,7 +31,7 @@ def connect(config: ClusterConfig) -> str:
     address = config.address or os.environ.get("RAY_ADDRESS")
     if not ray.is_initialized():
         if address:
-            ray.init(address=address, log_to_driver=False)
+            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
             _start_local()
     gpus = ray.cluster_resources().get("GPU", 0)

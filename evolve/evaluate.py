@@ -7,6 +7,8 @@ table see the same problems, and best-of-N, votes and pass@k the same samples, s
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from functools import partial
@@ -52,6 +54,13 @@ class EvalJob:
     beam_candidates: int = 0
     search_rollouts: int = 0
     search_candidates: int = 0
+
+    def digest(self) -> str:
+        """Identifies everything that records depend on, the problems themselves and the engines' numerics aside."""
+        known = asdict(self) | {"policy": self.policy[1], "ppm": self.ppm and self.ppm[1]}
+        known["searched"] = sorted(self.searched)
+        del known["concurrent"]
+        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
 
 @dataclass(slots=True)
@@ -100,11 +109,11 @@ class Evaluator:
         self.policy = RemotePolicy(ServiceClient(policy, f"policy engine of {name}", timeout_s))
         self.verifier = RemoteVerifier(ServiceClient(verifier, f"verifier of {name}", timeout_s))
         self.reward = RemoteReward(ServiceClient(ppm, f"PPM engine of {name}", timeout_s)) if ppm else None
-        self._done = 0
+        self._finished: list[dict[str, Any]] = []
 
     async def evaluate(self, problems: Sequence[Problem], job: EvalJob) -> list[dict[str, Any]]:
         """One `Record` a problem, as a dictionary, in the problems' order."""
-        self._done = 0
+        self._finished = finished = []
         self.policy.client.expects = job.policy
         if self.reward is not None:
             self.reward.client.expects = job.ppm
@@ -112,17 +121,17 @@ class Evaluator:
 
         async def one(problem: Problem) -> dict[str, Any]:
             async with room:
-                record = await self._record(problem, job)
-                self._done += 1
-                return asdict(record)
+                record = asdict(await self._record(problem, job))
+                finished.append(record)
+                return record
 
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(one(problem)) for problem in problems]
         return [task.result() for task in tasks]
 
-    async def done(self) -> int:
-        """Problems finished of the evaluation under way."""
-        return self._done
+    async def finished(self, start: int) -> list[dict[str, Any]]:
+        """Records of the evaluation under way in the order in which they came, from the `start`-th on."""
+        return self._finished[start:]
 
     async def _record(self, problem: Problem, job: EvalJob) -> Record:
         fmt = format_named(job.format)

@@ -215,4 +215,4 @@ def _first_line(error: BaseException) -> str:
     """An error in a line; of Ray's, what it says of the process' end."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     telling = [line for line in lines if "exit" in line.lower() or "killed" in line.lower() or "node" in line.lower()]
-    return (telling or lines or [type(error).__name__])[0][:300]
+    return (telling or lines or [type(error).__name__])[0].partition(" Some common causes")[0][:300]

@@ -7,9 +7,8 @@ cached of those is shared by all processes of a node.
 from __future__ import annotations
 
 import hashlib
-from pathlib import Path
 
-from evolve.files import file_digest
+from evolve.files import Place, file_digest, place
 from evolve.learn import rows
 from evolve.learn.forest import Pairs
 from evolve.learn.jobs import TrainJob
@@ -41,10 +40,10 @@ def gather_rows(job: TrainJob) -> None:
     rows.gather(job.rows, paths[1], StepPair, lambda problem: held_out(problem, share))
 
 
-def rows_files(job: TrainJob) -> list[Path]:
+def rows_files(job: TrainJob) -> list[Place]:
     """Training rows and, for a PPM, validation rows, in the job's working directory; named after what they are from."""
     share = job.config.validation_share if isinstance(job.config, PPMConfig) else None
-    known = hashlib.sha256(repr([share, *(file_digest(Path(path)) for path in job.rows)]).encode()).hexdigest()[:12]
+    known = hashlib.sha256(repr([share, *(file_digest(place(path)) for path in job.rows)]).encode()).hexdigest()[:12]
     return [job.partial / f"{kind}-{known}.arrow" for kind in ("training", "validation")[: 1 if share is None else 2]]
 
 

@@ -7,10 +7,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+from evolve.errors import StorageError
 from evolve.learn.errors import LearningError, TrainingStopped, TrainingTimeoutError
 from evolve.learn.jobs import TrainJob, TrainResult
 
-Outcome = TrainResult | LearningError | TrainingTimeoutError | TrainingStopped
+Outcome = TrainResult | LearningError | TrainingTimeoutError | TrainingStopped | StorageError
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from evolve.files import publish_file
+from evolve.files import Place, place, publish_file, readable
 from evolve.types import StepPair, Trajectory
 
 Row = TypeVar("Row", Trajectory, StepPair)
@@ -70,9 +70,9 @@ def from_table(table: pa.Table, row_type: type[Row]) -> list[Row]:
     return rows
 
 
-def write(table: pa.Table, path: str | Path) -> None:
+def write(table: pa.Table, path: str | Place) -> None:
     """Publish a table at `path` (`.parquet` or `.arrow`): written beside, synced, renamed."""
-    path = Path(path)
+    path = place(path)
     if path.suffix == ".parquet":
         publish_file(path, lambda aside: pq.write_table(table, aside, compression="zstd"))
     elif path.suffix == ".arrow":
@@ -86,25 +86,28 @@ def _write_arrow(table: pa.Table, path: Path) -> None:
         writer.write_table(table)
 
 
-def batches(path: str | Path) -> Iterator[pa.RecordBatch]:
+def batches(path: str | Place) -> Iterator[pa.RecordBatch]:
     """The rows of a file, a part of it in memory at a time.
 
     Raises:
         ValueError: it is neither `.parquet` nor `.arrow`.
     """
-    path = Path(path)
+    path = place(path)
     if path.suffix == ".parquet":
-        with pq.ParquetFile(path) as file:
+        with pq.ParquetFile(readable(path)) as file:
             yield from file.iter_batches(BATCH_ROWS)
     elif path.suffix == ".arrow":
-        with pa.ipc.open_file(pa.memory_map(str(path))) as file:
+        with _open_arrow(path) as file:
             yield from (file.get_batch(number) for number in range(file.num_record_batches))
     else:
         raise ValueError(f"{path}: rows are read from .parquet or .arrow, not {path.suffix!r}")
 
 
 def gather(
-    paths: Sequence[str | Path], target: Path, row_type: type[Row], keep: Callable[[str], bool] = lambda problem: True
+    paths: Sequence[str | Place],
+    target: Place,
+    row_type: type[Row],
+    keep: Callable[[str], bool] = lambda problem: True,
 ) -> None:
     """Publish the rows of several files, one file after the other, as one `.arrow`; of those problems to `keep`."""
     layout = schema(row_type)
@@ -120,11 +123,15 @@ def gather(
     publish_file(target, stream)
 
 
-def read(path: str | Path) -> pa.Table:
-    """The rows of a file; those of an `.arrow` file stay on disk until they are looked at."""
-    path = Path(path)
+def read(path: str | Place) -> pa.Table:
+    """The rows of a file; those of an `.arrow` file on a disk stay there until they are looked at."""
+    path = place(path)
     if path.suffix == ".arrow":
-        return pa.ipc.open_file(pa.memory_map(str(path))).read_all()
+        return _open_arrow(path).read_all()
     if path.suffix == ".parquet":
-        return pq.read_table(path)
+        return pq.read_table(readable(path))
     raise ValueError(f"{path}: rows are read from .parquet or .arrow, not {path.suffix!r}")
+
+
+def _open_arrow(path: Place) -> Any:
+    return pa.ipc.open_file(pa.memory_map(str(path)) if isinstance(path, Path) else readable(path))

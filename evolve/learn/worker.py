@@ -6,7 +6,6 @@ import gc
 import json
 import logging
 import os
-import shutil
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
@@ -15,14 +14,23 @@ from typing import Any, TypeVar
 
 import numpy as np
 
-from evolve.files import publish_directory
+from evolve.errors import StorageError
+from evolve.files import (
+    Lines,
+    is_published,
+    place,
+    publish_directory,
+    remove_tree,
+    storage_errors,
+    workshop,
+)
 from evolve.learn.data import Data, gather_rows, load_data
 from evolve.learn.errors import LearningError, TrainingStopped, TrainingTimeoutError
 from evolve.learn.forest import Pairs
 from evolve.learn.jobs import RESULT_FILE, TrainJob, TrainResult
 from evolve.learn.mailbox import Outcome, Task
 from evolve.learn.packing import Completions, MicroBatch, plan_steps, worker_batches
-from evolve.policy.checkpoint import digest
+from evolve.policy.checkpoint import digest, resolve
 from evolve.schema import PPMConfig, ScoreForm
 from evolve.service import get
 
@@ -88,7 +96,12 @@ def serve(settings: Mapping[str, Any]) -> None:
 
         outcome: Outcome
         try:
-            outcome = run_job(task.job, _reporter(mailbox, task.name))
+            with storage_errors(task.job.partial):
+                outcome = run_job(task.job, _reporter(mailbox, task.name))
+        except StorageError as error:
+            # Of this worker alone: the others wait for it in vain, and end with it.
+            get(mailbox.finish.remote(task.name, error), _ANSWER_S, "the trainers' mailbox")
+            raise
         except (LearningError, TrainingTimeoutError, TrainingStopped) as error:
             # Raised by every worker alike; the group is sound and goes on.
             outcome = error
@@ -132,8 +145,9 @@ def run_job(job: TrainJob, report: Report) -> TrainResult:
 
 def _prepare(job: TrainJob) -> TrainResult | None:
     """The result of this very job, when it was published before; else make its working directory."""
-    file = Path(job.output) / RESULT_FILE
-    if Path(job.output).exists():
+    output = place(job.output)
+    if is_published(output):
+        file = output / RESULT_FILE
         if not file.is_file() or (known := json.loads(file.read_text()))["job"] != job.digest():
             raise LearningError(
                 f"{job.output} exists and is not the result of this training: move it away, or choose another output"
@@ -141,7 +155,7 @@ def _prepare(job: TrainJob) -> TrainResult | None:
         if digest(job.output) != known["digest"]:
             raise LearningError(f"{job.output} is not what its {RESULT_FILE} says: delete it to train it again")
         return TrainResult(job.kind, job.output, known["metrics"])
-    if not (Path(job.initial) / "config.json").is_file():
+    if not (place(job.initial) / "config.json").is_file():
         raise LearningError(f"{job.initial} is no checkpoint directory: it has no config.json")
     job.partial.mkdir(parents=True, exist_ok=True)
     gather_rows(job)
@@ -182,7 +196,8 @@ class Training:
         self.told_to_stop = False
         self.rank, self.workers = dist.get_rank(), dist.get_world_size()
         self.started = time.monotonic()
-        initial = Path(job.initial)
+        initial = Path(resolve(job.initial))
+        self.lines = Lines(place(job.metrics)) if job.metrics is not None else None
         ppm = job.config if isinstance(job.config, PPMConfig) else None
 
         model_config = json.loads((initial / "config.json").read_text())
@@ -228,8 +243,7 @@ class Training:
         history: list[float] = []
         tokens = 0
         if resumed:
-            ds.load_checkpoint(self.engine, self.job.partial, resumed)
-            kept = json.loads((self.job.partial / f"checkpoint-{resumed}" / "history.json").read_text())
+            kept = ds.load_checkpoint(self.engine, self.job.partial, resumed)
             history, tokens, before = kept["history"], kept["tokens"], kept["before"]
         told = 0.0
         for step in range(resumed, len(self.plan)):
@@ -245,6 +259,7 @@ class Training:
                     self.told_to_stop = not self.report(last)
             if late or stopped or ((step + 1) % self.config.checkpoint_steps == 0 and more):
                 extra = {"history": history, "tokens": tokens, "before": before}
+                self._keep_lines()
                 ds.save_checkpoint(self.engine, self.job.partial, step + 1, self.digest, extra)
             if stopped:
                 raise TrainingStopped(f"{self.job.kind} training of {self.job.output} stopped after step {step + 1}")
@@ -398,11 +413,12 @@ class Training:
         }
 
     def _append(self, metrics: Mapping[str, float]) -> None:
-        if self.job.metrics is not None:
-            path = Path(self.job.metrics)
-            path.parent.mkdir(parents=True, exist_ok=True)
-            with path.open("a") as file:
-                file.write(json.dumps({"kind": self.job.kind, **metrics}) + "\n")
+        if self.lines is not None:
+            self.lines.add(json.dumps({"kind": self.job.kind, **metrics}))
+
+    def _keep_lines(self) -> None:
+        if self.rank == 0 and self.lines is not None:
+            self.lines.publish()
 
     def _publish(self, metrics: dict[str, float]) -> TrainResult:
         import torch.distributed as dist
@@ -410,15 +426,16 @@ class Training:
         from evolve.learn import engine as ds
 
         weights = ds.consolidated(self.engine, self.model)
+        self._keep_lines()
         if self.rank == 0:
-            aside = self.job.partial / "model"
-            ds.write_model(self.model, weights, Path(self.job.initial), aside)
+            aside = workshop(self.job.partial) / "model"
+            ds.write_model(self.model, weights, Path(resolve(self.job.initial)), aside)
             record = {
                 "job": self.job.digest(), "digest": digest(aside), "metrics": metrics, "settings": asdict(self.job)
             }  # fmt: skip
             (aside / RESULT_FILE).write_text(json.dumps(record, indent=1, default=str))
-            publish_directory(aside, Path(self.job.output))
-            shutil.rmtree(self.job.partial)
+            publish_directory(aside, place(self.job.output))
+            remove_tree(self.job.partial)
         dist.barrier()
         return TrainResult(self.job.kind, self.job.output, metrics)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import threading
 import time
@@ -20,10 +21,12 @@ class WorkerExtension:
     def end_with(self, owner: int, started: float) -> None:
         """End this process soon after process `owner`, which began at `started` (seconds since 1970), has ended.
 
-        vLLM's engine core is a process of its own, which a killed owner cannot end: it would keep the GPU.
+        vLLM's engine core and its workers are processes of their own, which a killed owner cannot end: they would keep
+        the GPU. With more than one worker, this one is a child of the core, which then goes as well: left alone, it
+        outlives its workers.
         """
         if owner != os.getpid():
-            threading.Thread(target=_end_with, args=(owner, started), daemon=True).start()
+            threading.Thread(target=_end_with, args=(owner, started, _between(owner)), daemon=True).start()
 
     def load_checkpoint(self, path: str) -> int:
         """Load the weights of a checkpoint directory into the running model; return how many layers were repacked.
@@ -43,12 +46,22 @@ class WorkerExtension:
         return repacked
 
 
-def _end_with(owner: int, started: float) -> None:
+def _between(owner: int) -> list[psutil.Process]:
+    """The processes above this one and below its owner."""
+    parents = psutil.Process().parents()
+    pids = [parent.pid for parent in parents]
+    return parents[: pids.index(owner)] if owner in pids else []
+
+
+def _end_with(owner: int, started: float, between: list[psutil.Process]) -> None:
     while True:
         try:
             alive = abs(psutil.Process(owner).create_time() - started) < 1.0
         except psutil.NoSuchProcess:
             alive = False
         if not alive:
+            for process in between:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
             os._exit(70)
         time.sleep(OWNER_POLL_S)

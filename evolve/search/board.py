@@ -13,7 +13,6 @@ import sys
 from collections import Counter
 from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -21,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 
+from evolve.files import Place, readable
 from evolve.search.budget import (
     EscalatingBudget,
     Standing,
@@ -76,7 +76,7 @@ class Board:
         budget: EscalatingBudget,
         problems: Sequence[Problem],
         finished: Iterable[tuple[TreeSummary, str]],
-        trees: Path,
+        trees: Place,
         shards: int = 1,
         earlier: Iterable[tuple[TreeSummary, str]] = (),
     ) -> None:
@@ -282,7 +282,7 @@ class Sources:
     problem_id: str
     batches: tuple[Any, ...]
     """References to record batches in the object store, of trees that are in no part file yet."""
-    parts: tuple[Path, ...]
+    parts: tuple[Place, ...]
 
 
 STATISTICS = ["tree", "node", "parent", "visits", "q", "kind", "correct"]
@@ -305,11 +305,11 @@ def q_values(board: Any, problem_id: str, timeout_s: float = 60.0) -> pa.Table:
     return table
 
 
-def statistics(problem_id: str, parts: Sequence[Path], *batches: pa.RecordBatch) -> pa.Table:
+def statistics(problem_id: str, parts: Sequence[Place], *batches: pa.RecordBatch) -> pa.Table:
     """Columns `STATISTICS` of a problem's trees, from part files and record batches."""
     tables = [pa.Table.from_batches([batch]).select(STATISTICS) for batch in batches]
     for path in parts:
-        table = pq.read_table(path, columns=STATISTICS, filters=pc.field("problem_id") == problem_id)
+        table = pq.read_table(readable(path), columns=STATISTICS, filters=pc.field("problem_id") == problem_id)
         tables.append(table.select(STATISTICS))
     return pa.concat_tables(tables).sort_by([("tree", "ascending"), ("node", "ascending")])
 
@@ -331,13 +331,14 @@ class Summaries:
     Small to send to the actor that wants them; one file is in memory at a time.
     """
 
-    directory: Path
+    directory: Place
     parts: tuple[str, ...]
 
     def __iter__(self) -> Iterator[tuple[TreeSummary, str]]:
         columns = ["rollouts", "sampled_tokens", "scored_tokens", "infrastructure_failures"]
         for name in self.parts:
-            table = pq.read_table(self.directory / name, columns=["problem_id", "tree", "correct", "code", *columns])
+            wanted = ["problem_id", "tree", "correct", "code", *columns]
+            table = pq.read_table(readable(self.directory / name), columns=wanted)
             table = table.append_column("right", pc.cast(pc.fill_null(table["correct"], False), pa.int32()))
             table = table.append_column("graded", pc.cast(pc.is_valid(table["correct"]), pa.int32()))
             table = table.append_column("executed", pc.cast(pc.not_equal(table["code"], ""), pa.int32()))

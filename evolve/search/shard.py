@@ -10,12 +10,12 @@ import asyncio
 import contextlib
 import uuid
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import ray
 
+from evolve.files import Place
 from evolve.policy.formats import format_named
 from evolve.schema import ValueKind
 from evolve.search.budget import TreeSummary, TreeTask
@@ -52,7 +52,7 @@ class SearchJob:
     concurrent_trees: int
     concurrent_rollouts: int
     tail_rollouts: int
-    trees: Path
+    trees: Place
     policy: tuple[str, str]
     """Path and digest of the policy's checkpoint."""
     ppm: tuple[str, str] | None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import ray
@@ -19,6 +19,7 @@ from evolve.progress import ProgressLine, duration
 from evolve.schema import EvolveConfig
 from evolve.service import Question, ServiceError, get
 from evolve.stages.run import Run
+from evolve.store.records import RecordFile, Row
 from evolve.types import Problem
 
 POLL_S = 0.25
@@ -31,17 +32,43 @@ def evaluate(run: Run, k: int) -> None:
     if directory.finished("evaluation") is not None:
         return
     started = time.monotonic()
-    policy = run.policy(k)
-    records = measure(run.config, run.fleet, k, policy, run.ppm(k), run.problems.test, run.line, lambda: run.tell([]))
+    policy, ppm, problems = run.policy(k), run.ppm(k), run.problems.test
+    job = _job(run.config, k, policy, ppm, problems)
+    kept = RecordFile(directory.eval / "records.partial.jsonl", job.digest())
+    records = measure(run.config, run.fleet, k, policy, ppm, problems, run.line, lambda: run.tell([]), kept)
     rows = [asdict(row) for row in table(records, run.config.evaluate.bootstrap_resamples)]
     directory.eval.mkdir(parents=True, exist_ok=True)
     publish_rows(directory.eval / "records.json", map(asdict, records))
     seconds = time.monotonic() - started
     skipped = sum(record.skipped for record in records)
     directory.record("evaluation", rows=rows, problems=len(records), skipped=skipped, seconds=seconds)
+    kept.remove()
     run.line.end(f"{_name(k)}: evaluated in {duration(seconds)}")
     values: dict[str, Any] = {f"evaluation/{row['method']}": row["accuracy"]["value"] for row in rows}
     run.metrics.log(k, values | {"evaluation/seconds": seconds}, policy_digest=policy.digest)
+
+
+@dataclass(slots=True)
+class _Share:
+    """Problems that one evaluator is at work on."""
+
+    evaluator: Any
+    problems: Sequence[Problem]
+    heard: int = 0
+    """How many records it has handed over."""
+    question: Question = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.question = Question(lambda: self.evaluator.finished.remote(self.heard), PROGRESS_S)
+
+    def news(self) -> list[Row]:
+        """Records that it has finished since it was last heard of; none of a dead one."""
+        try:
+            rows: list[Row] = self.question.poll(time.monotonic()) or []
+        except RayActorError:
+            return []
+        self.heard += len(rows)
+        return rows
 
 
 def measure(
@@ -53,11 +80,13 @@ def measure(
     problems: Sequence[Problem],
     line: ProgressLine,
     tell: Callable[[], None] = lambda: None,
+    kept: RecordFile | None = None,
 ) -> list[Record]:
     """One record a problem, in their order, from all shards of a fleet, which is made to serve the checkpoints.
 
     The records are all in memory: about 10 kB a held-out problem with 64 samples, however large the rounds are.
-    What a dead evaluator held is evaluated again. `tell` is called about once a second while this waits.
+    What a dead evaluator had not handed over is evaluated again. `tell` is called about once a second while this
+    waits. `kept` holds the records that are there already, and takes those that come.
 
     Raises:
         ServiceError: not done within `cluster.stage_timeout_s`.
@@ -65,34 +94,42 @@ def measure(
     deadline = time.monotonic() + config.cluster.stage_timeout_s
     fleet.load(policy, ppm)
     job = _job(config, k, policy, ppm, problems)
-    waiting: deque[Sequence[Problem]] = deque(problems[i :: len(fleet.groups)] for i in range(len(fleet.groups)))
-    working: dict[Any, tuple[Any, Sequence[Problem]]] = {}
-    progress: dict[Any, tuple[Question, int]] = {}
-    records: dict[str, Record] = {}
+    rows = kept.open() if kept is not None else {}
+    left = [problem for problem in problems if problem.id not in rows]
+    waiting = deque(part for i in range(len(fleet.groups)) if (part := left[i :: len(fleet.groups)]))
+    working: dict[Any, _Share] = {}
+    dead: list[Any] = []
+
+    def keep(found: list[Row]) -> None:
+        new = {row["problem_id"]: row for row in found if row["problem_id"] not in rows}
+        if kept is not None:
+            kept.append(new.values())
+        rows.update(new)
+
     while waiting or working:
         fleet.poll()
         tell()
+        for share in working.values():
+            keep(share.news())
         for ref in ray.wait(list(working), num_returns=len(working), timeout=0)[0] if working else []:
-            evaluator, share = working.pop(ref)
-            progress.pop(evaluator, None)
+            share = working.pop(ref)
             try:
-                found = get(ref, 60, "an evaluator's records")
-                records |= {row["problem_id"]: record_from(row) for row in found}
+                keep(get(ref, 60, "an evaluator's records"))
             except RayTaskError:
                 raise
             except RayActorError:
-                waiting.append(share)
-        busy = [evaluator for evaluator, _ in working.values()]
+                dead.append(share.evaluator)  # another is being started in its place
+                waiting.append([problem for problem in share.problems if problem.id not in rows])
+        busy = [*dead, *(share.evaluator for share in working.values())]
         for group in fleet.groups:
             if waiting and group.evaluator not in busy:
-                share = waiting.popleft()
-                working[group.evaluator.evaluate.remote(share, job)] = (group.evaluator, share)
-                progress[group.evaluator] = (Question(group.evaluator.done.remote, PROGRESS_S), 0)
-        line.show(f"{_name(k)}: evaluating, {len(records) + _heard(progress)}/{len(problems)} problems")
+                share = _Share(group.evaluator, waiting.popleft())
+                working[group.evaluator.evaluate.remote(share.problems, job)] = share
+        line.show(f"{_name(k)}: evaluating, {len(rows)}/{len(problems)} problems")
         if time.monotonic() > deadline:
             raise ServiceError(f"{_name(k)}: evaluation is not done after cluster.stage_timeout_s")
         time.sleep(POLL_S)
-    return [records[problem.id] for problem in problems]
+    return [record_from(rows[problem.id]) for problem in problems]
 
 
 def _name(k: int) -> str:
@@ -121,16 +158,6 @@ def _job(
         search_rollouts=config.evaluate.search_rollouts,
         search_candidates=config.evaluate.search_candidates,
     )
-
-
-def _heard(progress: dict[Any, tuple[Question, int]]) -> int:
-    """Problems that evaluators at work have finished, as far as they have said."""
-    for evaluator, (question, known) in list(progress.items()):
-        try:
-            progress[evaluator] = (question, question.poll(time.monotonic()) or known)
-        except RayActorError:
-            del progress[evaluator]
-    return sum(known for _, known in progress.values())
 
 
 def show(run: Run, k: int) -> None:

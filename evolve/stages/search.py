@@ -11,9 +11,8 @@ import ray
 from ray.exceptions import RayActorError
 
 from evolve.config import resolve_round
-from evolve.files import file_digest
+from evolve.files import entries, file_digest
 from evolve.fleet import Checkpoint
-from evolve.policy.checkpoint import digest, resolve
 from evolve.policy.formats import format_named
 from evolve.policy.prompts import worked_examples
 from evolve.problems import for_round
@@ -24,7 +23,7 @@ from evolve.search.budget import EscalatingBudget
 from evolve.search.shard import SearchJob
 from evolve.service import ServiceError, get
 from evolve.stages.growing import Growing
-from evolve.stages.run import Run
+from evolve.stages.run import Run, shared_model
 from evolve.store.parts import PATTERN, damaged_parts, mended_parts, set_aside
 from evolve.store.run import RoundDirectory, RunError
 from evolve.types import Problem, RoundPlan, Sampling
@@ -45,8 +44,8 @@ def grow_trees(run: Run, k: int) -> None:
     run.line.show(f"round {k}: starting engines", force=True)
     policy, engine = run.policy(k - 1), None
     if plan.generator is Generator.bootstrap and config.policy.bootstrap.model is not None:
-        path = resolve(config.policy.bootstrap.model)
-        policy, engine = Checkpoint(path, digest(path)), config.policy.bootstrap.engine
+        policy = shared_model(config.policy.bootstrap.model, None, run.directory.path / "bootstrap")
+        engine = config.policy.bootstrap.engine
     ppm = run.ppm(k - 1) if plan.value is ValueKind.ppm else None
     run.fleet.load(policy, ppm, engine)
     sandboxes = _sandboxes(run, k)
@@ -139,7 +138,7 @@ def _board(run: Run, plan: RoundPlan, problems: tuple[Problem, ...], directory: 
 
 def _grown(directory: RoundDirectory) -> Summaries:
     """What is in a round's part files."""
-    return Summaries(directory.trees, tuple(sorted(path.name for path in directory.trees.glob(PATTERN))))
+    return Summaries(directory.trees, tuple(path.name for path in entries(directory.trees, PATTERN)))
 
 
 def _reopened(run: Run, directory: RoundDirectory) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import subprocess
 from pathlib import Path
@@ -33,14 +34,19 @@ def submitted(tmp_path: Path, script: str, *arguments: str, **environment: str) 
 def test_one_round_is_the_documented_command(tmp_path):
     _, called, _ = submitted(tmp_path, "round.sh", "3", "conf=rstar_math", "run.dir=/shared/my runs")
     assert called[0] == str(ROOT)
-    assert called[1:9] == ["job", "submit", "--working-dir", ".", "--", "python", "-m", "evolve.driver"]
-    config = load(called[9:])
+    assert called[1:5] == ["job", "submit", "--working-dir", "."]
+    assert json.loads(called[called.index("--runtime-env-json") + 1]) == {
+        "env_vars": {"RAY_JOB_STOP_WAIT_TIME_S": "60"}
+    }
+    entrypoint = called[called.index("--") + 1 :]
+    assert entrypoint[:3] == ["python", "-m", "evolve.driver"]
+    config = load(entrypoint[3:])
     assert (config.round, config.run.dir, config.run.name) == (3, "/shared/my runs", "rstar-math-7b")
 
 
 def test_all_rounds_leave_the_round_open(tmp_path):
     _, called, _ = submitted(tmp_path, "round.sh", "all", "conf=smoke")
-    assert load(called[9:]).round is None
+    assert load(called[called.index("evolve.driver") + 1 :]).round is None
 
 
 def test_an_evaluation_names_the_run_and_the_round(tmp_path):

@@ -3,6 +3,7 @@
 import errno
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -14,6 +15,7 @@ from evolve.files import (
     publish_json,
     publish_rows,
     remove_asides,
+    storage_errors,
 )
 from evolve.store.lock import Lock
 from evolve.store.run import RunDirectory, RunError
@@ -91,6 +93,21 @@ def test_a_read_only_run_directory_is_an_error_that_says_what_to_do(
     with pytest.raises(StorageError, match=r"lock\.json: Read-only file system"):
         Lock(RunDirectory(tmp_path)).acquire()
     assert list(tmp_path.iterdir()) == [tmp_path / "round-1"]
+
+
+@pytest.mark.parametrize(("free", "raised"), [(0, StorageError), (2**30, RuntimeError)])
+def test_an_error_of_a_librarys_own_means_a_full_disk_where_there_is_no_room(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, free: int, raised: type[Exception]
+) -> None:
+    monkeypatch.setattr("shutil.disk_usage", lambda path: SimpleNamespace(free=free))
+    said = "No space left on device" if raised is StorageError else "PytorchStreamWriter"
+    with pytest.raises(raised, match=said), storage_errors(tmp_path / "checkpoint"):
+        raise RuntimeError("PytorchStreamWriter failed writing file")
+
+
+def test_a_file_elsewhere_that_may_not_be_read_is_not_blamed_on_the_run_directory(tmp_path: Path) -> None:
+    with pytest.raises(PermissionError, match="problems"), storage_errors(tmp_path / "run"):
+        raise PermissionError(errno.EACCES, "Permission denied", "/data/problems.parquet")
 
 
 def test_an_artefact_is_finished_once_the_manifest_names_it(tmp_path: Path) -> None:
