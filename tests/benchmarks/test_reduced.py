@@ -66,7 +66,7 @@ class Simulated:
 def test_scaling_runs_on_pretended_nodes() -> None:
     code = (
         "from benchmarks import scaling\n"
-        "record = scaling.measure([1, 2], trees_a_shard=1, at_once=3, full_speed=50.0)\n"
+        "record = scaling.measure([1, 2], trees_a_shard=1, full_trees=1, full_speed=50.0)\n"
         "assert [row['trees'] for row in record['rows']] == [1, 2], record\n"
         "assert 0 < record['speed'] <= 50, record\n"
         "print('fine')\n"
