@@ -34,13 +34,14 @@ class Goal:
         return bool(value <= self.bound if self.word == "at most" else value >= self.bound)
 
 
-def parser(name: str, doc: str | None) -> argparse.ArgumentParser:
-    """The arguments every benchmark has: `--json FILE` and `--check`."""
+def parser(name: str, doc: str | None, check: bool = True) -> argparse.ArgumentParser:
+    """The arguments every benchmark has: `--json FILE` and, where it has goals, `--check`."""
     made = argparse.ArgumentParser(
         prog=f"python -m benchmarks.{name}", description=doc, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     made.add_argument("--json", type=Path, help="write the record here")
-    made.add_argument("--check", action="store_true", help="exit 1 when a goal is missed")
+    if check:
+        made.add_argument("--check", action="store_true", help="exit 1 when a goal is missed")
     return made
 
 
@@ -57,7 +58,7 @@ def finish(record: Mapping[str, Any], goals: Sequence[Goal], arguments: argparse
         print(line)
     if arguments.json:
         arguments.json.write_text(json.dumps(record, indent=1) + "\n")
-    return 1 if arguments.check and missed else 0
+    return 1 if missed and arguments.check else 0
 
 
 def show_rows(title: str, rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> None:

@@ -1,6 +1,6 @@
 """A real engine under search against the same engine given all the same prompts at once.
 
-    python -m benchmarks.engine [--trees 96] [--json FILE] [--check]
+    python -m benchmarks.engine [--trees 400] [--json FILE] [--check]
 
 The model is the tiny world's, pre-trained here for as long as it takes to write steps that parse; vLLM's CPU build
 serves it. First a shard grows trees with it. Then a fresh engine, so that nothing is cached, gets the very requests
@@ -70,16 +70,15 @@ def requests_of(tree: Tree, job: SearchJob) -> list[Request]:
 
 
 def measure(
-    make: Callable[[], Any], checkpoint: tuple[str, str], problems: Sequence[Problem], core: int, rollouts: int = 8
+    make: Callable[[], Any], checkpoint: tuple[str, str], problems: Sequence[Problem], core: int, rollouts: int = 4
 ) -> dict[str, Any]:
     """Both runs, with engines that `make` makes, bound to a core; needs Ray."""
     with tempfile.TemporaryDirectory() as directory:
-        job = scene.job_of(scene.plan(rollouts, 6), Path(directory), concurrent_trees=64)
+        job = scene.job_of(scene.plan(rollouts, 6), Path(directory), concurrent_trees=96)
         job = replace(job, policy=checkpoint, sampling=replace(job.sampling, max_tokens=96))
         member = scene.member(0, partial(Pinned, make, core), scene.sandbox(1))
-        started = time.monotonic()
-        scene.grow([member], problems, job, poll_s=0.2)
-        search_s, search = time.monotonic() - started, member.stats()
+        _, search_s = scene.grow([member], problems, job, poll_s=0.1)
+        search = member.stats()
         member.close()
         trees = [tree for part in sorted(Path(directory).glob("*.parquet")) for tree in read_part(part)]
     asked = [request for tree in trees for request in requests_of(tree, job)]
@@ -107,7 +106,7 @@ def measure(
 
 def main() -> int:
     made = parser("engine", __doc__)
-    made.add_argument("--trees", type=int, default=96, help="trees to grow (96)")
+    made.add_argument("--trees", type=int, default=400, help="trees to grow (400)")
     made.add_argument("--pretrain-steps", type=int, default=500, help="of the tiny model (500)")
     arguments = made.parse_args()
     with tempfile.TemporaryDirectory() as directory:

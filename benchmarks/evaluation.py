@@ -20,13 +20,13 @@ from pathlib import Path
 from rich.console import Console
 
 from evolve import cluster, report
-from evolve.config import ConfigError, load
-from evolve.errors import EvolveError
+from evolve.config import load
+from evolve.driver import exit_status
 from evolve.evaluate import table
 from evolve.files import publish_json
 from evolve.fleet import Checkpoint, Fleet
 from evolve.policy.checkpoint import digest, resolve
-from evolve.problems import ProblemsError, load_problems
+from evolve.problems import load_problems
 from evolve.progress import ProgressLine
 from evolve.schema import EvolveConfig
 from evolve.stages.evaluation import measure
@@ -40,15 +40,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("run", type=Path, help="run directory, e.g. runs/quickstart")
     parser.add_argument("--round", type=int, required=True, metavar="K", help="whose policy and PPM; 0: the base model")
     options, overrides = parser.parse_known_args(argv)
-    try:
-        evaluate(RunDirectory(options.run.absolute()), options.round, overrides)
-    except (ConfigError, ProblemsError) as error:
-        print(error, file=sys.stderr)
-        return 2
-    except EvolveError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(lambda: evaluate(RunDirectory(options.run.absolute()), options.round, overrides))
 
 
 def evaluate(run: RunDirectory, k: int, overrides: Sequence[str]) -> None:

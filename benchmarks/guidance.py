@@ -10,28 +10,26 @@ the tiny world's oracle: the share of mined step pairs whose positive is right a
 
 from __future__ import annotations
 
-import argparse
-import json
+import sys
 import tempfile
-import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import ray
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks import scene
+from benchmarks.common import finish, parser
 from evolve import cluster
 from evolve.config import read, resolve_round
 from evolve.evaluate import interval
+from evolve.files import entries
 from evolve.fleet import Checkpoint, Fleet
 from evolve.learn.pairs import mine
 from evolve.policy.formats import format_named
 from evolve.schema import EvolveConfig, ValueKind
-from evolve.search.board import Board, Progress
-from evolve.search.budget import EscalatingBudget
 from evolve.search.shard import SearchJob
 from evolve.store.run import RunDirectory
 from evolve.store.trees import read_part
@@ -51,9 +49,7 @@ def grow(
 ) -> tuple[list[Tree], float]:
     """All trees of one setting, and the seconds they took."""
     fmt = format_named(config.policy.format)
-    started = time.monotonic()
     with tempfile.TemporaryDirectory() as directory:
-        trees = Path(directory)
         job = SearchJob(
             plan=plan,
             run_seed=config.run.seed,
@@ -64,19 +60,14 @@ def grow(
             concurrent_trees=config.search.concurrent_trees,
             concurrent_rollouts=1,
             tail_rollouts=1,
-            trees=trees,
+            trees=Path(directory),
             policy=(policy.path, policy.digest),
             ppm=(ppm.path, ppm.digest) if ppm and plan.value is ValueKind.ppm else None,
         )
-        board: Any = (
-            ray.remote(Board).options(num_cpus=0).remote(EscalatingBudget(plan), problems, (), trees, len(fleet.groups))
-        )
-        ray.get([group.shard.grow.remote(job, board) for group in fleet.groups])
-        progress: Progress = ray.get(board.progress.remote())
-        assert progress.trees == len(problems), progress
-        ray.kill(board)
-        seconds = time.monotonic() - started
-        return [tree for part in sorted(trees.glob("*.parquet")) for tree in read_part(part)], seconds
+        progress, seconds = scene.grow(fleet.groups, problems, job)
+        if progress.trees != len(problems):
+            raise RuntimeError(f"{len(problems)} trees were asked for and {progress.trees} grown")
+        return [tree for part in entries(job.trees, "*.parquet") for tree in read_part(part)], seconds
 
 
 def pair_quality(config: EvolveConfig, trees: Sequence[Tree], problems: dict[str, Problem]) -> tuple[int, float]:
@@ -94,13 +85,12 @@ def pair_quality(config: EvolveConfig, trees: Sequence[Tree], problems: dict[str
     return total, confirmed / total if total else 0.0
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("run", type=Path)
-    parser.add_argument("--round", type=int, default=3)
-    parser.add_argument("--problems", type=int, default=300)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args()
+def main() -> int:
+    made = parser("guidance", __doc__, check=False)
+    made.add_argument("run", type=Path, help="run directory of the tiny world, e.g. runs/quickstart")
+    made.add_argument("--round", type=int, default=3, help="whose search (3)")
+    made.add_argument("--problems", type=int, default=300, help="fresh problems (300)")
+    arguments = made.parse_args()
     directory = RunDirectory(arguments.run.absolute())
     config = read(directory.config)
     before = directory.round(arguments.round - 1)
@@ -146,10 +136,7 @@ def main() -> None:
     finally:
         fleet.stop()
     show(rows, arguments.round, len(fresh))
-    if arguments.json:
-        arguments.json.write_text(
-            json.dumps({"round": arguments.round, "problems": len(fresh), "rows": rows}, indent=2)
-        )
+    return finish({"round": arguments.round, "problems": len(fresh), "rows": rows}, [], arguments)
 
 
 def show(rows: Sequence[dict[str, Any]], round_: int, problems: int) -> None:
@@ -174,4 +161,4 @@ def show(rows: Sequence[dict[str, Any]], round_: int, problems: int) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -23,11 +23,11 @@ from evolve.policy.simulated import sum_problems
 GOALS = [Goal("sandboxed_ms_per_candidate", "at most", 8.0), Goal("stubbed_ms_per_candidate", "at most", 1.0)]
 
 
-def one(verifier: Callable[[], Any], trees: int, directory: Path) -> dict[str, Any]:
+def one(verifier: Callable[[], Any], trees: int, rollouts: int, directory: Path) -> dict[str, Any]:
     """Grow the trees and divide the CPU time by the candidates."""
     member = scene.member(0, scene.engine(256, math.inf), verifier)
-    plan = scene.plan()
-    scene.grow([member], sum_problems(max(8, trees // 4), 1), scene.job_of(plan, directory / "warm", 64))
+    plan = scene.plan(rollouts)
+    scene.grow([member], sum_problems(max(2, trees // 4), 1), scene.job_of(plan, directory / "warm", 64))
     before_s = cpu_seconds()
     calls = member.stats()["requests"]
     _, seconds = scene.grow([member], sum_problems(trees, 2), scene.job_of(plan, directory / "measured", 64))
@@ -39,12 +39,12 @@ def one(verifier: Callable[[], Any], trees: int, directory: Path) -> dict[str, A
     return {"candidates": candidates, "seconds": seconds, "ms": sum(per.values()), "parts": per}
 
 
-def measure(trees: int) -> dict[str, Any]:
-    """Both settings; needs Ray."""
+def measure(trees: int, rollouts: int = 8, supervisors: int | None = None) -> dict[str, Any]:
+    """Both settings; needs Ray. `supervisors`: sandboxes that execute at once; None: as many as there are cores."""
     with tempfile.TemporaryDirectory() as directory:
         found = {
-            "sandboxed": one(scene.sandbox(), max(4, trees // 4), Path(directory, "sandboxed")),
-            "stubbed": one(scene.SumVerifier, trees, Path(directory, "stubbed")),
+            "sandboxed": one(scene.sandbox(supervisors), max(2, trees // 4), rollouts, Path(directory, "sandboxed")),
+            "stubbed": one(scene.SumVerifier, trees, rollouts, Path(directory, "stubbed")),
         }
     record: dict[str, Any] = {}
     for name, result in found.items():

@@ -1,12 +1,12 @@
 """How busy the search keeps an engine: slot-seconds in use, beside a lockstep schedule over the same trees.
 
-    python -m benchmarks.saturation [--trees 384] [--speed 1] [--json FILE] [--check]
+    python -m benchmarks.saturation [--trees 160] [--speed 1] [--json FILE] [--check]
 
 The engine is simulated (`evolve.policy.simulated`: 256 slots, a 7B model on one 80 GB GPU); shard, board, services and
 the sandboxed verifier are the real ones, and so are the verifier's latencies. A slot is busy while it holds a sequence.
 Counted between 5 % and 90 % of the run, so that neither the first prompts nor the last trees are; the tail, the last
 10 %, is shown beside it. With a speed above 1 the verifier's latencies weigh that much more, for the engine is that
-much faster.
+much faster. It takes about five minutes, two of them for the shard.
 
 The baseline advances the trees in lockstep, as the reference implementation does: a batch of as many trees as the
 shard grows at once; all generate, then all execute, then all generate again, until the whole batch is done.
@@ -35,7 +35,7 @@ from evolve.search.seeds import tree_seed
 from evolve.search.shard import SearchJob
 from evolve.service import RemotePolicy, RemoteVerifier, ServiceClient, get
 from evolve.tree import Tree
-from evolve.types import Candidate, Policy, Problem, Sampling
+from evolve.types import Candidate, Policy, Problem, Sampling, Verifier
 
 GOALS = [Goal("busy", "at least", 0.95)]
 FROM, TO = 0.05, 0.90
@@ -91,6 +91,11 @@ async def grow_in_lockstep(member: scene.Member, problems: Sequence[Problem], jo
     """The same trees as a shard grows, a batch of them after the other; returns how many rollouts they had."""
     policy = RemotePolicy(ServiceClient(member.policy, "policy engine", scene.TIMEOUT_S, expects=job.policy))
     verifier = RemoteVerifier(ServiceClient(member.verifier, "verifier", scene.TIMEOUT_S))
+    return await grow_batches(policy, verifier, problems, job)
+
+
+async def grow_batches(policy: Policy, verifier: Verifier, problems: Sequence[Problem], job: SearchJob) -> int:
+    """As `grow_in_lockstep`, with any policy and verifier."""
     fmt, rollouts = format_named(job.format), 0
 
     async def one(problem: Problem, gate: Gate) -> int:
@@ -152,7 +157,7 @@ def one_schedule(
     }
 
 
-def measure(trees: int, slots: int = 256, speed: float = 1.0, rollouts: int = 4, at_once: int = 96) -> dict[str, Any]:
+def measure(trees: int, slots: int = 256, speed: float = 1.0, rollouts: int = 2, at_once: int = 96) -> dict[str, Any]:
     """Both schedules; needs Ray."""
     problems = sum_problems(trees, 3)
     with tempfile.TemporaryDirectory() as directory:
@@ -179,7 +184,7 @@ def measure(trees: int, slots: int = 256, speed: float = 1.0, rollouts: int = 4,
 
 def main() -> int:
     made = parser("saturation", __doc__)
-    made.add_argument("--trees", type=int, default=384, help="trees of each schedule (384)")
+    made.add_argument("--trees", type=int, default=160, help="trees of each schedule (160)")
     made.add_argument("--speed", type=float, default=1.0, help="how much faster than real the engine is (1)")
     arguments = made.parse_args()
     with local_ray():

@@ -9,7 +9,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import ray
 
@@ -128,8 +128,17 @@ def job_of(round_plan: RoundPlan, trees: Path, concurrent_trees: int, concurrent
     )
 
 
+class HasShard(Protocol):
+    """A `Member`, or a group of a fleet."""
+
+    @property
+    def shard(self) -> Any:
+        """Its tree grower."""
+        ...
+
+
 def grow(
-    members: Sequence[Member],
+    members: Sequence[HasShard],
     problems: Sequence[Problem],
     job: SearchJob,
     watch: Callable[[Progress], None] | None = None,

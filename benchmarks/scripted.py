@@ -16,6 +16,8 @@ from random import Random
 from typing import Any
 
 from evolve.fleet import Engines
+from evolve.policy.checkpoint import resolve
+from evolve.policy.standin import StandIn
 from evolve.schema import EngineConfig, EvolveConfig, ScoreForm
 from evolve.search.seeds import derive
 from evolve.toy.world import END_OF_CODE, END_OF_STEP, Spec, demonstrated, specs
@@ -30,22 +32,12 @@ def engines(config: EvolveConfig) -> Engines:
     return Engines(partial(ScriptedPolicy, config), ScriptedPPM)
 
 
-class _Scripted:
-    """What both engines have in common."""
+class _Scripted(StandIn):
+    """A stand-in whose answers take a moment."""
 
     def __init__(self, model: str, digest: str | None) -> None:
-        self.path, self.digest = model, digest
+        super().__init__(model, digest)
         self._requests = 0
-
-    async def start(self) -> None:
-        """There is nothing to load."""
-
-    async def reload(self, path: str, digest: str) -> None:
-        """Serve as another checkpoint; what is said stays the same."""
-        self.path, self.digest = path, digest
-
-    async def close(self) -> None:
-        """Nothing is held."""
 
     async def _wait(self, rng: Random) -> None:
         self._requests += 1
@@ -66,7 +58,7 @@ class ScriptedPolicy(_Scripted):
     def _tokenizer(self) -> Any:
         from transformers import AutoTokenizer
 
-        return AutoTokenizer.from_pretrained(self.path)
+        return AutoTokenizer.from_pretrained(resolve(self.path))
 
     @cached_property
     def _specs(self) -> dict[str, Spec]:

@@ -10,7 +10,6 @@ and a method with the PPM is ahead of the vote outside the pooled interval in ro
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +20,7 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from benchmarks.common import parser
 from evolve.evaluate import Record, best, interval, majority, record_from
 
 Method = Callable[[Record], float | None]
@@ -90,13 +90,11 @@ def missed(reports: Sequence[Mapping[str, Any]], differences: Mapping[int, Seque
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.seeds", description=__doc__.splitlines()[0])
-    parser.add_argument("runs", type=Path, nargs="+", help="finished run directories of one recipe")
-    parser.add_argument("--json", type=Path, help="also write the figures here")
-    parser.add_argument("--check", action="store_true", help="exit with 1 when a goal is missed")
-    options = parser.parse_args(arguments)
+    made = parser("seeds", __doc__)
+    made.add_argument("runs", type=Path, nargs="+", help="finished run directories of one recipe")
+    options = made.parse_args(arguments)
     if lacking := [run for run in options.runs if not (run / "report.json").is_file()]:
-        parser.error(f"{lacking[0]}: no report.json, so no run directory with a finished round")
+        made.error(f"{lacking[0]}: no report.json, so no run directory with a finished round")
     reports = [json.loads((run / "report.json").read_text()) for run in options.runs]
     numbers = sorted({entry["round"] for report in reports for entry in report["rounds"]} - {0})
     differences = {

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from evolve.remote import holds_secret, is_uri
 from evolve.schema import (
     Device,
     EngineConfig,
@@ -182,7 +183,11 @@ def _problems(config: EvolveConfig) -> Iterator[Finding]:
     problems = config.problems
     if not config.run.name or "/" in config.run.name or config.run.name.startswith("."):
         yield Finding("run.name", f"{config.run.name!r} is no directory name", "give a plain name")
-    if RAY_PACKAGES in Path(config.run.dir).absolute().parts:
+    if is_uri(config.run.dir):
+        if holds_secret(config.run.dir):
+            mend = "give the address alone; keys belong in each node's environment, ~/.aws and the like, or its role"
+            yield Finding("run.dir", "holds a password or parameters, which would be shown and saved", mend)
+    elif RAY_PACKAGES in Path(config.run.dir).absolute().parts:
         what = f"{config.run.dir} lies in the copy of the working directory that Ray keeps while this job runs"
         mend = "give a directory that lasts and all nodes share: run.dir=/shared/runs, or EVOLVE_RUNS on every node"
         yield Finding("run.dir", what, mend)
@@ -210,6 +215,9 @@ def _policy(config: EvolveConfig) -> Iterator[Finding]:
         yield Finding("policy.format", f"{policy.format!r} is unknown", f"formats: {', '.join(FORMATS)}")
     elif policy.model == "toy" and policy.format != "printed":
         yield Finding("policy.format", f"is {policy.format}, which the toy model never saw", "use printed")
+    for key, model in {"policy.model": policy.model, "policy.bootstrap.model": policy.bootstrap.model or ""}.items():
+        if is_uri(model):
+            yield Finding(key, f"is {model}", "give a directory, or a hub name; a run in an object store keeps a copy")
     few_shot = policy.bootstrap.few_shot
     if few_shot is not None and not Path(few_shot).expanduser().is_file():
         mend = "give a text file, or null for the built-in examples"

@@ -22,6 +22,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from evolve.checks import Finding, findings
+from evolve.files import Place
 from evolve.reading import Complaint, Reader, Setting
 from evolve.schema import EvolveConfig, RoundConfig
 from evolve.types import RoundPlan
@@ -121,7 +122,7 @@ def load(argv: Sequence[str]) -> EvolveConfig:
     return command(argv).config
 
 
-def read(path: Path) -> EvolveConfig:
+def read(path: Place) -> EvolveConfig:
     """A resolved configuration as `to_yaml` wrote it, alone: nothing is merged over or under it.
 
     Raises:

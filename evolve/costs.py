@@ -57,6 +57,16 @@ def cost_arithmetic(
     )
 
 
+def early_stop(settled: int | None) -> tuple[str, ...]:
+    """What `search.settled` means for the figures; nothing where it is not set."""
+    if settled is None:
+        return ()
+    return (
+        f"early stop (settled={settled}: a problem ends with {settled} correct and {settled} wrong solutions) is not "
+        "taken off: how soon that is, is known only once problems are solved; so all of this is an upper bound",
+    )
+
+
 def statements(form: ScoreForm, unsolved: Sequence[float], on_gpus: bool) -> list[str]:
     """All assumptions on cost, in words."""
     if on_gpus:

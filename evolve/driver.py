@@ -6,7 +6,7 @@ Running the same command again continues after the last finished tree and stage.
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from evolve.config import ConfigError, command
 from evolve.errors import EvolveError
@@ -17,23 +17,34 @@ from evolve.schema import EvolveConfig
 def main(argv: Sequence[str]) -> int:
     """Drive a run; returns the exit status."""
     try:
-        order = command(argv)
-        if order.plan:
-            from evolve.plan import show_plan
+        return exit_status(lambda: obey(argv))
+    except KeyboardInterrupt:
+        print("stopped; the same command continues from here", file=sys.stderr)
+        return 130
 
-            show_plan(order.config)
-        else:
-            evolve(order.config)
+
+def exit_status(work: Callable[[], object]) -> int:
+    """0 when `work` ends well; else its error is printed for the user: 2 before anything was begun, 1 after that."""
+    try:
+        work()
     except (ConfigError, ProblemsError) as error:
         print(error, file=sys.stderr)
         return 2
     except EvolveError as error:
         print(f"error: {error}", file=sys.stderr)
         return 1
-    except KeyboardInterrupt:
-        print("stopped; the same command continues from here", file=sys.stderr)
-        return 130
     return 0
+
+
+def obey(argv: Sequence[str]) -> None:
+    """Plan or evolve, as the command line says."""
+    order = command(argv)
+    if order.plan:
+        from evolve.plan import show_plan
+
+        show_plan(order.config)
+    else:
+        evolve(order.config)
 
 
 def evolve(config: EvolveConfig) -> None:

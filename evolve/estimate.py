@@ -18,6 +18,7 @@ from evolve.costs import (
     TREE_BYTES_PER_NODE,
     TREE_BYTES_PER_TOKEN,
     cost_arithmetic,
+    early_stop,
     generation_hours,
     reading_hours,
     statements,
@@ -231,7 +232,6 @@ def _round(config: EvolveConfig, k: int, problems: int, test: int, text: Text, r
     scored = search.tokens if own.value is ValueKind.ppm else 0.0
     sft, ppm, pairs = _training_tokens(config, k, problems * (1 - unsolved), text)
     evaluated = _evaluation_tokens(config, test, text)
-
     on_gpus = uses_gpus(config, resources)
     hours = {
         "search": generation_hours(search.tokens, model, on_gpus) + reading_hours(scored, base, on_gpus),
@@ -289,6 +289,7 @@ def _search(own: RoundPlan, problems: int, unsolved: float, text: Text) -> _Sear
         f"candidates: {nodes:,.0f} expansions ({_sum(per_first)} a problem{expanded}) x {own.candidates} "
         f"= {candidates:,.0f}, each executed once",
         f"tokens: {candidates:,.0f} x {text.step} = {tokens:,.0f} generated",
+        *early_stop(own.settled),
     )
     return _Search(trees, most, rollouts, candidates, tokens, arithmetic)
 
@@ -324,8 +325,7 @@ def _shard(config: EvolveConfig, own: RoundPlan, model: ModelSize, resources: Re
     cpus = config.cluster.verifier_cpus
     need = Need(cpus, policy_gpus + ppm_gpus)
     layout = shards(f"round {own.round}", resources.nodes, need, config.cluster.shards)
-    bytes_each = 2 if engine.precision is Precision.bf16 else 4
-    weights = model.parameters * bytes_each / engine.tensor_parallel / GIB
+    weights = model.parameters * (2 if engine.precision is Precision.bf16 else 4) / engine.tensor_parallel / GIB
     return Shard(f"round {own.round} search", policy_gpus, ppm_gpus, cpus, weights, layout)
 
 
@@ -357,8 +357,7 @@ def _training_layout(
     nodes = resources.nodes
     if not on_gpus and rounds:
         shares = max((estimate.shard.layout for estimate in rounds), key=lambda layout: layout.need.cpus).shares
-        need = Need(config.cluster.verifier_cpus)
-        nodes = tuple(taken(share.node, need, share.groups) for share in shares)
+        nodes = tuple(taken(share.node, Need(config.cluster.verifier_cpus), share.groups) for share in shares)
     layout = lay_out("training", nodes, Need(config.sft.cpus_per_worker, float(on_gpus)), workers)
     own = tuple(replace(share, node=node) for share, node in zip(layout.shares, resources.nodes, strict=True))
     return replace(layout, shares=own)

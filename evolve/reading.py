@@ -21,6 +21,9 @@ from typing import Any
 
 import yaml
 
+from evolve.files import Place
+from evolve.remote import RemotePath, holds_secret
+
 _INT = re.compile(r"[-+]?[0-9][0-9_]*\Z")
 _NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}
 
@@ -63,7 +66,7 @@ class Reader:
         self.complaints: list[Complaint] = []
         self._known = list(_keys(schema))
 
-    def file(self, path: Path) -> list[Setting]:
+    def file(self, path: Place) -> list[Setting]:
         """The settings of a YAML file; what is wrong with it goes to `complaints`."""
         name = _display(path)
         try:
@@ -88,7 +91,7 @@ class Reader:
         settings: list[Setting] = []
         for argument in arguments:
             key, _, text = argument.partition("=")
-            place = f"command line: {argument}"
+            place = f"command line: {key}=..." if holds_secret(text) else f"command line: {argument}"
             kind = self._kind(key, place)
             if kind is None:
                 continue
@@ -274,8 +277,10 @@ def _keys(schema: Any, prefix: str = "") -> Iterator[str]:
             yield key
 
 
-def _display(path: Path) -> str:
+def _display(path: Place) -> str:
     """The path as a user would type it: relative to the working directory where it lies below."""
+    if isinstance(path, RemotePath):
+        return str(path)
     try:
         return str(path.resolve().relative_to(Path.cwd()))
     except ValueError:

@@ -31,7 +31,7 @@ from rich.console import Console
 from rich.table import Table
 
 from evolve.config import to_yaml
-from evolve.files import publish_json
+from evolve.files import Lines, mirror, publish_json, workshop
 from evolve.progress import duration
 from evolve.schema import EvolveConfig, WandbMode
 from evolve.store.run import RunDirectory
@@ -150,19 +150,22 @@ class Metrics:
 
     def __init__(self, run: RunDirectory, config: EvolveConfig) -> None:
         self._run, self._config = run, config
+        self._lines = Lines(run.metrics)
+        self._wandb = workshop(run.path) / "wandb"
         self._open: dict[int, Any] = {}
 
     def log(self, round_: int, values: Mapping[str, Any], **digests: str) -> None:
         """Record numbers of a round under their slash-separated names."""
         line = {"time": round(time.time(), 3), "round": round_, **values, **digests}
-        with self._run.metrics.open("a") as file:
-            file.write(json.dumps(line) + "\n")
+        self._lines.add(json.dumps(line))
+        self._lines.publish()
         if self._config.wandb.mode is WandbMode.disabled:
             return
         if round_ not in self._open:
             self._open[round_] = self._wandb_run(round_)
         self._open[round_].config.update(digests, allow_val_change=True)
         self._open[round_].log(dict(values))
+        mirror(self._wandb, self._run.path / "wandb")
 
     def _wandb_run(self, round_: int) -> Any:
         import wandb
@@ -180,7 +183,7 @@ class Metrics:
             id=f"{identity}-round-{round_}",
             resume="allow",
             mode=chosen,
-            dir=str(self._run.path),
+            dir=str(self._wandb.parent),
             config=settings | {"round": round_},
             reinit="create_new",
             settings=wandb.Settings(silent=True, console="off", disable_git=True),
@@ -191,6 +194,7 @@ class Metrics:
         for run in self._open.values():
             run.finish()
         self._open.clear()
+        mirror(self._wandb, self._run.path / "wandb")
 
 
 def wandb_key() -> bool:

@@ -70,6 +70,7 @@ class RunConfig:
     name: str = "default"
     """Directory under `dir`, and the W&B group."""
     dir: str = "runs"
+    """A directory, which all nodes of a cluster share, or a place in an object store: `s3://bucket/runs`."""
     seed: int = 0
     allow_changes: bool = False
     """Continue a run under a configuration that differs from the one it was started with."""

@@ -129,6 +129,13 @@ def test_rendered_plan_shows_the_arithmetic():
     assert "747,000 problems x (1 + 39.8% unsolved x 1 further) = 1,044,306; at most 1,494,000" in text
 
 
+def test_early_stop_is_said_to_be_left_out_of_the_figures_of_the_rounds_that_have_it():
+    figures = [plan(load(["problems.per_round=100", *more]), LAPTOP).rounds for more in ([], ["search.settled=3"])]
+    assert [e.trees for e in figures[0]] == [e.trees for e in figures[1]]
+    assert not any("early stop" in line for e in figures[0] for line in e.arithmetic)
+    assert all(any("early stop (settled=3" in line for line in e.arithmetic) for e in figures[1])
+
+
 def test_plan_loads_no_engine_and_no_trainer():
     code = (
         "import sys\n"

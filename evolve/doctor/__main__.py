@@ -19,8 +19,10 @@ from evolve.doctor import checks, local, nodes, show
 from evolve.doctor.checks import Check, Status, Wanted
 from evolve.doctor.facts import ROOT, Probe
 from evolve.estimate import plan
+from evolve.files import Place
 from evolve.placement import Node, Resources, local_resources
 from evolve.schema import EvolveConfig
+from evolve.store.run import RunDirectory
 
 ASK_S = 300.0
 """How long a node may take to answer: it imports torch and tests its sandbox."""
@@ -63,7 +65,7 @@ def examine_machine(config: EvolveConfig) -> list[Check]:
     estimate = plan(config, resources)
     return [
         *checks.versions([one], Wanted.read(ROOT)),
-        *checks.of_node(one, str(run_dir), estimate.disk_bytes, 0.0, _utilization(config)),
+        *checks.of_node(one, estimate.disk_bytes, 0.0, _utilization(config)),
         *local.ports(),
         *nodes.same_directory(None, run_dir),
         local.wandb(config.wandb),
@@ -94,12 +96,12 @@ def examine_cluster(config: EvolveConfig, address: str, expected: int | None, ti
     found += [*probes.lost, *checks.versions(facts, Wanted.read(ROOT))]
     gpus = {node.name: node.gpus for node in live}
     for one in facts:
-        found += checks.of_node(one, str(run_dir), estimate.disk_bytes, gpus[one.node], _utilization(config))
+        found += checks.of_node(one, estimate.disk_bytes, gpus[one.node], _utilization(config))
     return [*found, *directory, *ports, local.wandb(config.wandb), *local.placement(estimate.missing)]
 
 
-def _run_dir(config: EvolveConfig) -> Path:
-    return Path(config.run.dir, config.run.name).absolute()
+def _run_dir(config: EvolveConfig) -> Place:
+    return RunDirectory.of(config.run.dir, config.run.name).path
 
 
 def _utilization(config: EvolveConfig) -> float:

@@ -132,10 +132,10 @@ def shared_memory(one: Facts) -> Check:
     return Check("/dev/shm", one.node, Status.FAIL, what, mend)
 
 
-def disk(one: Facts, run_dir: str, needed: float) -> Check:
-    """Free disk at the run directory against what the plan says a run writes (bytes)."""
-    what = f"{gib(one.disk_free)} free at {run_dir}"
-    mend = "free some, or choose another run.dir"
+def disk(one: Facts, needed: float) -> Check:
+    """Free disk where a run writes against what the plan says a run writes (bytes)."""
+    what = f"{gib(one.disk_free)} free at {one.disk_at}"
+    mend = "free some, or choose another run.dir (in an object store: EVOLVE_CACHE)"
     if one.disk_free < DISK_LEAST:
         return Check("disk", one.node, Status.FAIL, what, mend)
     if one.disk_free < needed:
@@ -198,12 +198,12 @@ def sandbox(one: Facts) -> list[Check]:
     return [Check("sandbox", one.node, Status.OK, found.tier)]
 
 
-def of_node(one: Facts, run_dir: str, needed: float, promised: float, utilization: float) -> list[Check]:
+def of_node(one: Facts, needed: float, promised: float, utilization: float) -> list[Check]:
     """All checks of one node alone, but its versions."""
     return [
         memory(one),
         shared_memory(one),
-        disk(one, run_dir, needed),
+        disk(one, needed),
         *gpus(one, promised, utilization),
         *sandbox(one),
     ]

@@ -22,6 +22,10 @@ from typing import Any
 
 import psutil
 
+from evolve.errors import StorageError
+from evolve.files import place
+from evolve.remote import RemotePath, cache_root
+
 ROOT = Path(__file__).resolve().parents[2]
 """The source tree that this process runs from."""
 
@@ -97,7 +101,9 @@ class Facts:
     memory_free: int
     shm_total: int
     disk_free: int
-    """At the run directory, or the nearest directory above it that exists."""
+    """At `disk_at`, or the nearest directory above it that exists."""
+    disk_at: str
+    """The run directory; where that is in an object store, what this node keeps of it (`EVOLVE_CACHE`)."""
     gpus: tuple[GPU, ...] = ()
     gpu_error: str = ""
     """What `nvidia-smi` said when it failed; empty also where it is not installed."""
@@ -113,7 +119,9 @@ class Probe:
         self._listener: socket.socket | None = None
 
     def facts(self, node: str, run_dir: str) -> Facts:
-        """Everything about this node. `run_dir`: absolute path."""
+        """Everything about this node. `run_dir`: absolute path, or URI."""
+        disk = place(run_dir)
+        disk = cache_root() if isinstance(disk, RemotePath) else disk
         memory, packages = psutil.virtual_memory(), installed()
         gpus, processes, gpu_error = nvidia_smi()
         shm = Path("/dev/shm")
@@ -126,7 +134,8 @@ class Probe:
             memory_total=memory.total,
             memory_free=memory.available,
             shm_total=shutil.disk_usage(shm).total if shm.exists() else 0,
-            disk_free=shutil.disk_usage(_nearest(Path(run_dir))).free,
+            disk_free=shutil.disk_usage(_nearest(disk)).free,
+            disk_at=str(disk),
             gpus=gpus,
             gpu_error=gpu_error,
             gpu_processes=processes,
@@ -139,17 +148,21 @@ class Probe:
         deadline = time.monotonic() + READ_S
         while True:
             try:
-                return Path(path).read_text()
-            except OSError:
+                return place(path).read_text()
+            except (OSError, StorageError):
                 if time.monotonic() > deadline:
                     return ""
                 time.sleep(0.1)
 
     def write(self, path: str, text: str) -> str:
         """Write a small file; why it failed, or the empty string."""
+        target = place(path)
         try:
-            Path(path).write_text(text)
-        except OSError as error:
+            if isinstance(target, RemotePath):
+                target.put(text.encode())
+            else:
+                target.write_text(text)
+        except (OSError, StorageError) as error:
             return str(error)
         return ""
 

@@ -11,9 +11,21 @@ from typing import Any
 from evolve.attach import LiveNode
 from evolve.doctor.checks import Check, Status
 from evolve.doctor.facts import Facts, Probe
+from evolve.errors import StorageError
+from evolve.files import Place
+from evolve.remote import RemotePath
 
 POLL_S = 1.0
-SHARED = "run.dir must be one directory for all nodes: a shared mount such as NFS, EFS or Lustre (cluster.yaml)"
+SHARED = (
+    "run.dir must be one directory for all nodes: a shared mount such as NFS, EFS or Lustre, or an object store that "
+    "every node may read and write (cluster.yaml)"
+)
+
+
+CREDENTIALS = (
+    "give the node credentials for the store (its role, its user's files, its environment), and the store's library: "
+    "pip install s3fs, gcsfs or adlfs"
+)
 
 
 def wait_for(count: int, nodes: Callable[[], list[LiveNode]], timeout_s: float) -> list[LiveNode]:
@@ -90,24 +102,25 @@ class Probes:
             ray.kill(actor)
 
 
-def facts(probes: Probes, run_dir: Path) -> list[Facts]:
+def facts(probes: Probes, run_dir: Place) -> list[Facts]:
     """What is found on every node that answers."""
     found = probes.ask("facts", lambda node: (node.name, str(run_dir)))
     return [found[node.id] for node in probes.nodes]
 
 
-def same_directory(probes: Probes | None, run_dir: Path) -> list[Check]:
+def same_directory(probes: Probes | None, run_dir: Place) -> list[Check]:
     """Whether every node reads what this process writes into the run directory, and the other way round.
 
     `probes`: None asks only whether this process can write there.
     """
     token = uuid.uuid4().hex
-    own = run_dir / f".doctor-{token}"
-    made = [path for path in (run_dir, *run_dir.parents) if not path.exists()]
+    own, here = run_dir / f".doctor-{token}", Probe()
+    made = [] if isinstance(run_dir, RemotePath) else [p for p in (run_dir, *run_dir.parents) if not p.exists()]
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         try:
-            own.write_text(token)
+            if error := here.write(str(own), token):
+                raise StorageError(error)
             if probes is None:
                 return [Check("run directory", "this machine", Status.OK, str(run_dir))]
             return _seen_by_all(probes, run_dir, own, token)
@@ -115,12 +128,12 @@ def same_directory(probes: Probes | None, run_dir: Path) -> list[Check]:
             own.unlink(missing_ok=True)
             for directory in made:
                 directory.rmdir()
-    except OSError as error:
-        mend = "choose a run.dir that can be written"
+    except (OSError, StorageError) as error:
+        mend = "choose a run.dir that can be written" if isinstance(run_dir, Path) else CREDENTIALS
         return [Check("run directory", "this machine", Status.FAIL, str(error), mend)]
 
 
-def _seen_by_all(probes: Probes, run_dir: Path, own: Path, token: str) -> list[Check]:
+def _seen_by_all(probes: Probes, run_dir: Place, own: Place, token: str) -> list[Check]:
     theirs = {node.id: own.with_name(f"{own.name}-{node.id[:12]}") for node in probes.nodes}
     try:
         read = probes.ask("read", lambda node: (str(own),))
@@ -141,13 +154,13 @@ def _seen_by_all(probes: Probes, run_dir: Path, own: Path, token: str) -> list[C
             path.unlink(missing_ok=True)
 
 
-def directory_check(node: LiveNode, run_dir: Path, reads: bool, error: str, is_read: bool) -> Check:
+def directory_check(node: LiveNode, run_dir: Place, reads: bool, error: str, is_read: bool) -> Check:
     """One node's side of `same_directory`."""
     if not reads:
         what = f"{run_dir} is another directory there: a file written here does not appear"
         return Check("run directory", node.name, Status.FAIL, what, SHARED)
     if error:
-        mend = "let the user that runs Ray there write to it"
+        mend = "let the user that runs Ray there write to it" if isinstance(run_dir, Path) else CREDENTIALS
         return Check("run directory", node.name, Status.FAIL, f"{run_dir} cannot be written: {error}", mend)
     if not is_read:
         what = f"{run_dir}: a file written there does not appear here"

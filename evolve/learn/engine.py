@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import socket
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -17,8 +18,20 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, PreTrainedModel
 from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
-from evolve.files import file_digest, publish_directory
+from evolve.files import (
+    Place,
+    entries,
+    file_digest,
+    files_below,
+    is_published,
+    local_directory,
+    publish_shares,
+    put_share,
+    remove_tree,
+    workshop,
+)
 from evolve.learn.errors import LearningError
+from evolve.remote import Damaged, RemotePath
 from evolve.schema import Precision, TrainConfig
 
 _COPIED = (
@@ -128,69 +141,88 @@ def learning_rate(config: TrainConfig, step: int, steps: int) -> float:
 # --------------------------------------------------------------------------- checkpoints
 
 
-def save_checkpoint(engine: Any, directory: Path, step: int, plan: str, history: Mapping[str, Any]) -> None:
+def save_checkpoint(engine: Any, directory: Place, step: int, plan: str, history: Mapping[str, Any]) -> None:
     """Write what training needs to go on after `step` steps; called by all workers.
 
-    Every worker writes its share beside; once all have, the first syncs and renames, and removes the
-    checkpoint before. A checkpoint under its final name is therefore whole. `history` is kept with it.
+    Every worker writes its share beside; once all have, the first publishes, and removes the checkpoint before. A
+    checkpoint under its final name is therefore whole. `history` is kept with it. Where `directory` is in an object
+    store, each node writes to its own disk, and the workers of a node share the upload of what lies there.
     """
-    aside = directory / f".checkpoint-{step}"
-    if dist.get_rank() == 0:
+    target = directory / f"checkpoint-{step}"
+    aside = workshop(directory) / f".checkpoint-{step}"
+    share, shares = _share_of_disk(directory)
+    if share == 0:
         shutil.rmtree(aside, ignore_errors=True)
         aside.mkdir(parents=True)
     dist.barrier()
     engine.save_checkpoint(str(aside), tag="state", save_latest=False)
-    dist.barrier()
-    shares: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(shares, _digests(aside, dist.get_rank(), dist.get_world_size()))
     if dist.get_rank() == 0:
         (aside / "history.json").write_text(json.dumps(history))
-        files = dict(entry for share in shares for entry in share)
-        files["history.json"] = file_digest(aside / "history.json")
-        (aside / "meta.json").write_text(json.dumps({"step": step, "plan": plan, "files": files}))
-        publish_directory(aside, directory / f"checkpoint-{step}")
+    dist.barrier()
+    parts: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(parts, put_share(aside, files_below(aside)[share::shares], target))
+    if dist.get_rank() == 0:
+        files = {name: identity for part in parts for name, identity in part.items()}
+        digests = {name: digest for name, (_, digest) in files.items()}
+        (aside / "meta.json").write_text(json.dumps({"step": step, "plan": plan, "files": digests}))
+        publish_shares(aside, files | put_share(aside, ["meta.json"], target), target)
         discard_checkpoints(directory, but=step)
     dist.barrier()
+    if share == 0:
+        shutil.rmtree(aside, ignore_errors=True)
 
 
-def _digests(directory: Path, share: int, shares: int) -> list[tuple[str, str]]:
-    """Name and digest of every `shares`-th file below a directory, from the `share`-th on."""
-    files = sorted(path for path in directory.rglob("*") if path.is_file())
-    return [(str(path.relative_to(directory)), file_digest(path)) for path in files[share::shares]]
+def _share_of_disk(directory: Place) -> tuple[int, int]:
+    """Which of the workers that write to the same disk for `directory` this one is (from 0), and how many they are."""
+    disk = ""
+    if isinstance(directory, RemotePath):
+        place = workshop(directory)
+        place.mkdir(parents=True, exist_ok=True)
+        found = place.stat()
+        disk = f"{socket.gethostname()} {found.st_dev} {found.st_ino}"
+    disks: list[Any] = [None] * dist.get_world_size()
+    dist.all_gather_object(disks, disk)
+    return disks[: dist.get_rank()].count(disk), disks.count(disk)
 
 
-def discard_checkpoints(directory: Path, but: int | None = None) -> None:
+def discard_checkpoints(directory: Place, but: int | None = None) -> None:
     """Remove all checkpoints in `directory`, except that made after `but` steps."""
-    for old in directory.glob("checkpoint-*"):
+    for old in entries(directory, "checkpoint-*"):
         if old.name != f"checkpoint-{but}":
-            shutil.rmtree(old)
+            remove_tree(old)
 
 
-def find_checkpoint(directory: Path, plan: str) -> tuple[int, str | None]:
+def find_checkpoint(directory: Place, plan: str) -> tuple[int, str | None]:
     """Steps done by the newest usable checkpoint (0: none), and why one that exists is unusable.
 
     A checkpoint belongs to a plan: the same rows, settings and number of workers.
     """
-    found = sorted(directory.glob("checkpoint-*/meta.json"), key=lambda p: int(p.parent.name.split("-")[1]))
+    found = sorted(filter(is_published, entries(directory, "checkpoint-*")), key=lambda p: int(p.name.split("-")[1]))
     if not found:
         return 0, None
-    meta = json.loads(found[-1].read_text())
+    try:
+        newest = local_directory(found[-1])
+    except (Damaged, FileNotFoundError) as error:
+        return 0, f"{error}: starting afresh"
+    meta = json.loads((newest / "meta.json").read_text())
     if meta["plan"] != plan:
-        return 0, (f"{found[-1].parent} was made with other rows, settings or number of workers: starting afresh")
+        return 0, (f"{found[-1]} was made with other rows, settings or number of workers: starting afresh")
     for name, expected in meta["files"].items():
-        file = found[-1].parent / name
+        file = newest / name
         # Loading would not notice: torch's archives are read without their checksums.
         if not file.is_file() or file_digest(file) != expected:
             return 0, f"{file} is missing or damaged: starting afresh"
     return int(meta["step"]), None
 
 
-def load_checkpoint(engine: Any, directory: Path, step: int) -> None:
-    """Continue from the checkpoint made after `step` steps."""
-    path = directory / f"checkpoint-{step}"
+def load_checkpoint(engine: Any, directory: Place, step: int) -> dict[str, Any]:
+    """Continue from the checkpoint made after `step` steps; returns the `history` kept with it."""
+    path = local_directory(directory / f"checkpoint-{step}")
     loaded, _ = engine.load_checkpoint(str(path), tag="state")
     if loaded is None:
         raise RuntimeError(f"DeepSpeed could not load its checkpoint {path}")
+    history: dict[str, Any] = json.loads((path / "history.json").read_text())
+    return history
 
 
 # --------------------------------------------------------------------------- the result

@@ -7,7 +7,6 @@ their files together, row group by row group, in the order of the problems' ids.
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
@@ -19,10 +18,11 @@ import pyarrow.parquet as pq
 import ray
 from pyarrow.dataset import dataset
 
-from evolve.files import publish_file
+from evolve.files import Place, dataset_of, entries, publish_file, readable, remove_tree
 from evolve.learn import rows
 from evolve.learn.pairs import deduplicate, mine
 from evolve.learn.selection import SelectionCounts, clean_trajectories, select
+from evolve.policy.checkpoint import resolve
 from evolve.policy.formats import format_named
 from evolve.schema import PPMConfig, SFTConfig
 from evolve.service import get
@@ -40,7 +40,7 @@ class Retokenise:
     """
 
     tokenizer: str
-    """Directory of the base model."""
+    """Directory of the base model, as `checkpoint.resolve` takes it."""
     format: str
     questions: Mapping[str, str]
     """By problem id."""
@@ -51,7 +51,7 @@ class Retokenise:
         """Replace the token ids of `trees` in place."""
         from transformers import AutoTokenizer
 
-        tokenizer = AutoTokenizer.from_pretrained(self.tokenizer)
+        tokenizer = AutoTokenizer.from_pretrained(resolve(self.tokenizer))
         fmt = format_named(self.format)
 
         def encode(text: str) -> tuple[int, ...]:
@@ -74,6 +74,7 @@ BUCKET_PROBLEMS = 2000
 """Problems whose rows one task selects among."""
 ROW_GROUP = 1024
 """Rows that are read and written at a time."""
+_ROW_TYPES = {"sft": Trajectory, "ppm": StepPair}
 _COUNTS = {"sft": tuple(field.name for field in fields(SelectionCounts)), "ppm": ("pairs", "problems")}
 
 
@@ -81,14 +82,14 @@ _COUNTS = {"sft": tuple(field.name for field in fields(SelectionCounts)), "ppm":
 class RowsFiles:
     """Where training rows go."""
 
-    sft: Path
-    ppm: Path
-    scratch: Path
+    sft: Place
+    ppm: Place
+    scratch: Place
     """A directory of the extraction's own, on storage that all nodes see; removed at its end."""
 
 
 def extract(
-    parts: Sequence[Path],
+    parts: Sequence[Place],
     problems: Collection[str],
     synthetic: Collection[str],
     rows_files: RowsFiles,
@@ -113,28 +114,29 @@ def extract(
         ServiceError: a step took longer.
     """
     scratch = rows_files.scratch
-    shutil.rmtree(scratch, ignore_errors=True)
+    remove_tree(scratch)
     scratch.mkdir(parents=True)
     groups = [parts[first : first + GROUP_PARTS] for first in range(0, len(parts), GROUP_PARTS)]
-    mined = [_mine.remote(group, scratch, number, ppm, retokenise) for number, group in enumerate(groups)]
+    retokenise_once, synthetic_once = ray.put(retokenise), ray.put(synthetic)  # large, and the same for all tasks
+    mined = [_mine.remote(group, scratch, number, ppm, retokenise_once) for number, group in enumerate(groups)]
     get(mined, timeout_s, "the extraction of training rows")
     ids = sorted(problems)
     buckets = [ids[first : first + BUCKET_PROBLEMS] for first in range(0, len(ids), BUCKET_PROBLEMS)]
     selected = [
-        _select.remote((bucket[0], bucket[-1]), scratch, number, sft, synthetic)
+        _select.remote((bucket[0], bucket[-1]), scratch, number, sft, synthetic_once)
         for number, bucket in enumerate(buckets)
     ]
     counts = get(selected, timeout_s, "the selection of training rows")
     joined = [_join.remote(scratch, kind, path) for kind, path in (("sft", rows_files.sft), ("ppm", rows_files.ppm))]
     get(joined, timeout_s, "the training rows to be written")
-    shutil.rmtree(scratch)
+    remove_tree(scratch)
     return {
         kind: {name: sum(found[kind][name] for found in counts) for name in names} for kind, names in _COUNTS.items()
     }
 
 
 @ray.remote(num_cpus=0.5)
-def _mine(paths: Sequence[Path], scratch: Path, number: int, ppm: PPMConfig, retokenise: Retokenise | None) -> None:
+def _mine(paths: Sequence[Place], scratch: Place, number: int, ppm: PPMConfig, retokenise: Retokenise | None) -> None:
     """Leave the trajectories and step pairs of some part files, sorted by problem."""
     found: dict[str, list[pa.Table]] = {"trajectories": [], "pairs": []}
     for path in paths:
@@ -150,7 +152,7 @@ def _mine(paths: Sequence[Path], scratch: Path, number: int, ppm: PPMConfig, ret
 
 @ray.remote(num_cpus=0.5)
 def _select(
-    span: tuple[str, str], scratch: Path, number: int, sft: SFTConfig, synthetic: Collection[str]
+    span: tuple[str, str], scratch: Place, number: int, sft: SFTConfig, synthetic: Collection[str]
 ) -> dict[str, dict[str, Any]]:
     """Select among the rows of the problems from `span[0]` to `span[1]`, leave what is kept, count it."""
     trajectories = rows.from_table(_rows_of(span, scratch, "trajectories"), Trajectory)
@@ -163,28 +165,28 @@ def _select(
     return {"sft": asdict(counts), "ppm": {"pairs": len(distinct), "problems": problems}}
 
 
-def _rows_of(span: tuple[str, str], scratch: Path, kind: str) -> pa.Table:
+def _rows_of(span: tuple[str, str], scratch: Place, kind: str) -> pa.Table:
     """The rows of some problems; row groups that hold none of them are not read."""
-    files = sorted(str(path) for path in scratch.glob(f"{kind}-*.parquet"))
+    files = dataset_of(entries(scratch, f"{kind}-*.parquet"))
     column = pc.field("problem_id")
-    return dataset(files, format="parquet").to_table(
+    return dataset(**files, format="parquet").to_table(
         filter=(column >= span[0]) & (column <= span[1]), use_threads=False
     )
 
 
 @ray.remote(num_cpus=0.5)
-def _join(scratch: Path, kind: str, target: Path) -> None:
+def _join(scratch: Place, kind: str, target: Place) -> None:
     """Publish the files of one kind, in the order of their problems, as one."""
 
     def stream(aside: Path) -> None:
-        files = [pq.ParquetFile(path) for path in sorted(scratch.glob(f"{kind}-*.parquet"))]
-        with pq.ParquetWriter(aside, files[0].schema_arrow, compression="zstd") as writer:
-            for file in files:
+        with pq.ParquetWriter(aside, rows.schema(_ROW_TYPES[kind]), compression="zstd") as writer:
+            for path in entries(scratch, f"{kind}-*.parquet"):
+                file = pq.ParquetFile(readable(path))
                 for group in range(file.num_row_groups):
                     writer.write_table(file.read_row_group(group))
 
     publish_file(target, stream)
 
 
-def _write(table: pa.Table, path: Path) -> None:
+def _write(table: pa.Table, path: Place) -> None:
     publish_file(path, lambda aside: pq.write_table(table, aside, row_group_size=ROW_GROUP))

@@ -8,12 +8,13 @@ the same hidden state as its sequence alone would.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import pairwise
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from evolve.learn.packing import MicroBatch, Ragged, aligned, joined
 
@@ -121,13 +122,11 @@ class Pairs:
         usable = np.flatnonzero(fits & scored & (prefix > 0))
         self.pairs = len(usable)
 
-        keys = list(zip(*(table.column(c).to_pylist() for c in _NODE_KEY), strict=True))
-        ordered = sorted(usable.tolist(), key=lambda i: (keys[i], i))
-        nodes = [list(group) for _, group in groupby(ordered, key=lambda i: keys[i])]
-        self._weight = {i: 1.0 / len(node) for node in nodes for i in node}
+        trees, weights = _grouped(table, usable)
+        self._weight = weights
         self._items: list[list[int]] = []
-        for _, tree in groupby(nodes, key=lambda node: keys[node[0]][:3]):
-            self._items += self._merge(list(tree), break_even, budget, batch)
+        for nodes in trees:
+            self._items += self._merge(nodes, break_even, budget, batch)
         self.lengths = np.array([trie_size(self._sequences(i)) for i in self._items], dtype=np.int64)
         self.sizes = np.array([len(i) for i in self._items], dtype=np.int64)
         self.weights = np.array([sum(self._weight[p] for p in i) for i in self._items], dtype=np.float64)
@@ -236,4 +235,41 @@ class Pairs:
         )  # fmt: skip
 
 
+def _grouped(table: pa.Table, usable: np.ndarray) -> tuple[Iterator[list[list[int]]], np.ndarray]:
+    """The usable pairs by tree and, within a tree, by node; and the weight of every row, by which a node's sum to 1."""
+    columns = np.stack([_codes(table.column(name))[usable] for name in _NODE_KEY])
+    order = np.lexsort(columns[::-1])
+    pairs, columns = usable[order], columns[:, order]
+    differs = columns[:, 1:] != columns[:, :-1]
+    bounds = [0, *(np.flatnonzero(differs.any(axis=0)) + 1).tolist(), len(pairs)]
+    new_tree = set((np.flatnonzero(differs[:3].any(axis=0)) + 1).tolist())
+    weights = np.zeros(table.num_rows)
+    spans = list(pairwise(bounds)) if len(pairs) else []
+    for start, end in spans:
+        weights[pairs[start:end]] = 1.0 / (end - start)
+
+    def trees() -> Iterator[list[list[int]]]:
+        nodes: list[list[int]] = []
+        for start, end in spans:
+            if start in new_tree:
+                yield nodes
+                nodes = []
+            nodes.append(pairs[start:end].tolist())
+        if nodes:
+            yield nodes
+
+    return trees(), weights
+
+
+def _codes(column: pa.ChunkedArray) -> np.ndarray:
+    """Integers in the order of the column's values, equal for equal ones."""
+    if not pa.types.is_string(column.type):
+        return column.to_numpy().astype(np.int64)
+    encoded = column.combine_chunks().dictionary_encode()
+    rank = np.empty(len(encoded.dictionary), np.int64)
+    rank[pc.array_sort_indices(encoded.dictionary).to_numpy()] = np.arange(len(rank))
+    return rank[encoded.indices.to_numpy()]
+
+
 _NODE_KEY = ("problem_id", "round", "tree", "kind", "node")
+"""What the pairs of a node have in common; the first three, what those of a tree have."""

@@ -6,9 +6,8 @@ import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from pathlib import Path
 
-from evolve.files import file_digest
+from evolve.files import Place, file_digest, place
 from evolve.learn.errors import LearningError
 from evolve.policy import checkpoint
 from evolve.schema import PPMConfig, Precision, SFTConfig
@@ -23,7 +22,8 @@ class TrainJob:
 
     config: SFTConfig | PPMConfig
     initial: str
-    """Checkpoint directory that training starts from; may be the output of the job before."""
+    """Checkpoint directory that training starts from; may be the output of the job before. This and what follows are
+    paths that all workers see, or URIs in an object store."""
     rows: tuple[str, ...]
     """Files of training rows (`evolve.learn.rows`): trajectories for SFT, step pairs for a PPM."""
     output: str
@@ -37,9 +37,9 @@ class TrainJob:
         return "ppm" if isinstance(self.config, PPMConfig) else "sft"
 
     @property
-    def partial(self) -> Path:
+    def partial(self) -> Place:
         """Working directory of the job."""
-        output = Path(self.output)
+        output = place(self.output)
         return output.with_name(output.name + ".partial")
 
     def digest(self) -> str:
@@ -52,7 +52,7 @@ class TrainJob:
         for name in ("metrics", "output"):
             del known[name]
         known["initial"] = checkpoint.digest(self.initial)
-        known["rows"] = [file_digest(Path(path)) for path in self.rows]
+        known["rows"] = [file_digest(place(path)) for path in self.rows]
         for name in ("timeout_s", "checkpoint_steps", "workers", "cpus_per_worker", "engine"):
             known["config"].pop(name, None)
         return hashlib.sha256(json.dumps(known, sort_keys=True, default=str).encode()).hexdigest()

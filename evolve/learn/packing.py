@@ -28,11 +28,12 @@ MicroBatch = list[list[int]]
 
 
 class Ragged:
-    """A list column of an Arrow table, read as numpy arrays without copying."""
+    """A list column of an Arrow table, read as numpy arrays without copying; booleans are unpacked when asked for."""
 
     def __init__(self, column: pa.ChunkedArray) -> None:
         self._chunks = [c for c in column.chunks if len(c)]
-        self._values = [c.values.to_numpy(zero_copy_only=False) for c in self._chunks]
+        packed = pa.types.is_boolean(column.type.value_type)
+        self._values = [c.values if packed else c.values.to_numpy() for c in self._chunks]
         self._offsets = [c.offsets.to_numpy() for c in self._chunks]
         self._starts = np.cumsum([0, *(len(c) for c in self._chunks)]).tolist()
 
@@ -42,7 +43,8 @@ class Ragged:
     def __getitem__(self, index: int) -> np.ndarray:
         chunk = bisect_right(self._starts, index) - 1
         offsets, at = self._offsets[chunk], index - self._starts[chunk]
-        return self._values[chunk][offsets[at] : offsets[at + 1]]
+        values = self._values[chunk][offsets[at] : offsets[at + 1]]
+        return values if isinstance(values, np.ndarray) else values.to_numpy(zero_copy_only=False)
 
     def lengths(self) -> np.ndarray:
         return np.concatenate([np.diff(o) for o in self._offsets] or [np.zeros(0, np.int64)])

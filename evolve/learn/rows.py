@@ -7,12 +7,13 @@ Columns are the fields of the dataclass, by the same names, in the same order:
 | Trajectory | problem_id, text, answer: string · round, tree, node: int32 · correct: bool · q, logprob: float64 · prompt_ids, token_ids: list of int32 · sampled: list of bool |
 | StepPair | problem_id, kind: string · round, tree, node: int32 · prefix_ids, positive_ids, negative_ids: list of int32 · positive_sampled, negative_sampled: list of bool · positive_q, negative_q, weight: float64 |
 
-A `.arrow` file is memory-mapped when read, so that a large one costs a trainer no memory.
+Rows last as Parquet. A trainer's processes read them from one `.arrow` file that `gather` makes: it is memory-mapped, so
+that however many rows there are they cost no process any memory, and a node's processes share what is cached of them.
 """  # noqa: E501
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import fields
 from pathlib import Path
 from typing import Any, TypeVar
@@ -20,10 +21,13 @@ from typing import Any, TypeVar
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from evolve.files import publish_file
+from evolve.files import Place, local_file, place, publish_file, readable
 from evolve.types import StepPair, Trajectory
 
 Row = TypeVar("Row", Trajectory, StepPair)
+
+BATCH_ROWS = 1024
+"""Rows that `gather` holds at a time."""
 
 _IDS = pa.list_(pa.int32())
 _FLAGS = pa.list_(pa.bool_())
@@ -66,9 +70,9 @@ def from_table(table: pa.Table, row_type: type[Row]) -> list[Row]:
     return rows
 
 
-def write(table: pa.Table, path: str | Path) -> None:
+def write(table: pa.Table, path: str | Place) -> None:
     """Publish a table at `path` (`.parquet` or `.arrow`): written beside, synced, renamed."""
-    path = Path(path)
+    path = place(path)
     if path.suffix == ".parquet":
         publish_file(path, lambda aside: pq.write_table(table, aside, compression="zstd"))
     elif path.suffix == ".arrow":
@@ -82,14 +86,52 @@ def _write_arrow(table: pa.Table, path: Path) -> None:
         writer.write_table(table)
 
 
-def read(paths: Sequence[str | Path]) -> pa.Table:
-    """The rows of several files, one after the other."""
-    tables = []
-    for path in map(Path, paths):
-        if path.suffix == ".parquet":
-            tables.append(pq.read_table(path))
-        elif path.suffix == ".arrow":
-            tables.append(pa.ipc.open_file(pa.memory_map(str(path))).read_all())
-        else:
-            raise ValueError(f"{path}: rows are read from .parquet or .arrow, not {path.suffix!r}")
-    return pa.concat_tables(tables)
+def batches(path: str | Place) -> Iterator[pa.RecordBatch]:
+    """The rows of a file, a part of it in memory at a time.
+
+    Raises:
+        ValueError: it is neither `.parquet` nor `.arrow`.
+    """
+    path = place(path)
+    if path.suffix == ".parquet":
+        with pq.ParquetFile(readable(path)) as file:
+            yield from file.iter_batches(BATCH_ROWS)
+    elif path.suffix == ".arrow":
+        with _open_arrow(path) as file:
+            yield from (file.get_batch(number) for number in range(file.num_record_batches))
+    else:
+        raise ValueError(f"{path}: rows are read from .parquet or .arrow, not {path.suffix!r}")
+
+
+def gather(
+    paths: Sequence[str | Place],
+    target: Place,
+    row_type: type[Row],
+    keep: Callable[[str], bool] = lambda problem: True,
+) -> None:
+    """Publish the rows of several files, one file after the other, as one `.arrow`; of those problems to `keep`."""
+    layout = schema(row_type)
+
+    def stream(aside: Path) -> None:
+        with pa.OSFile(str(aside), "wb") as sink, pa.ipc.new_file(sink, layout) as writer:
+            for path in paths:
+                for batch in batches(path):
+                    kept = batch.filter(pa.array(map(keep, batch.column("problem_id").to_pylist()), pa.bool_()))
+                    if kept.num_rows:
+                        writer.write_batch(kept.cast(layout))
+
+    publish_file(target, stream)
+
+
+def read(path: str | Place) -> pa.Table:
+    """The rows of a file; those of an `.arrow` file on a disk stay there until they are looked at."""
+    path = place(path)
+    if path.suffix == ".arrow":
+        return _open_arrow(path).read_all()
+    if path.suffix == ".parquet":
+        return pq.read_table(readable(path))
+    raise ValueError(f"{path}: rows are read from .parquet or .arrow, not {path.suffix!r}")
+
+
+def _open_arrow(path: Place) -> Any:
+    return pa.ipc.open_file(pa.memory_map(str(local_file(path))))

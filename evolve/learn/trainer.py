@@ -20,16 +20,17 @@ import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from pathlib import Path
 from typing import Any
 
 import ray
 from ray.exceptions import RayActorError
 
+from evolve.files import Place, place
 from evolve.learn.errors import TrainerDied, TrainingTimeoutError
 from evolve.learn.jobs import TrainJob, TrainResult, Workers
 from evolve.learn.mailbox import Mailbox, Standing, Task
 from evolve.learn.worker import serve
+from evolve.remote import RemotePath
 from evolve.service import get
 
 OnProgress = Callable[[TrainJob, Mapping[str, float]], None]
@@ -52,13 +53,13 @@ class TrainerGroup:
     def __init__(
         self,
         workers: Workers,
-        storage: str | Path,
+        storage: str | Place,
         *,
         max_failures: int = 3,
         start_timeout_s: float = 300.0,
     ) -> None:
         self.workers = workers
-        self._storage = Path(storage).absolute()
+        self._storage = place(storage).absolute()
         self._max_failures = max_failures
         self._start_timeout_s = start_timeout_s
         self._mailbox: Any = None
@@ -113,7 +114,7 @@ class TrainerGroup:
             torch_config=TorchConfig(backend="nccl" if self.workers.gpu else "gloo"),
             run_config=RunConfig(
                 name=f"trainer-{uuid.uuid4().hex[:8]}",
-                storage_path=str(self._storage),
+                **_storage(self._storage),
                 failure_config=FailureConfig(max_failures=self._max_failures),
                 checkpoint_config=CheckpointConfig(),
             ),
@@ -229,7 +230,7 @@ class TrainerGroup:
 def fit(
     jobs: Sequence[TrainJob],
     workers: Workers,
-    storage: str | Path,
+    storage: str | Place,
     on_progress: OnProgress | None = None,
 ) -> list[TrainResult]:
     """Train the jobs one after the other in one group of workers that ends with them."""
@@ -237,12 +238,22 @@ def fit(
         return group.fit(jobs, on_progress)
 
 
+def _storage(directory: Place) -> dict[str, Any]:
+    """Where Ray Train keeps its books, as it wants to be told."""
+    if not isinstance(directory, RemotePath):
+        return {"storage_path": str(directory)}
+    from pyarrow.fs import FSSpecHandler, PyFileSystem
+
+    filesystem, path = directory.filesystem()
+    return {"storage_path": path, "storage_filesystem": PyFileSystem(FSSpecHandler(filesystem))}
+
+
 def _absolute(job: TrainJob) -> TrainJob:
     """The job with absolute paths: workers run in a directory of their own."""
     return replace(
         job,
-        initial=str(Path(job.initial).absolute()),
-        rows=tuple(str(Path(path).absolute()) for path in job.rows),
-        output=str(Path(job.output).absolute()),
-        metrics=None if job.metrics is None else str(Path(job.metrics).absolute()),
+        initial=str(place(job.initial).absolute()),
+        rows=tuple(str(place(path).absolute()) for path in job.rows),
+        output=str(place(job.output).absolute()),
+        metrics=None if job.metrics is None else str(place(job.metrics).absolute()),
     )

@@ -22,6 +22,7 @@ from random import Random
 from evolve.policy.batching import ContinuousBatch, PrefixCache, Rates
 from evolve.policy.engine import Request
 from evolve.policy.formats import END_OF_CODE, END_OF_STEP, MARKERS
+from evolve.policy.standin import StandIn
 from evolve.schema import EngineConfig
 from evolve.types import Candidate, Problem, Sampling
 
@@ -89,7 +90,7 @@ def decode(ids: Sequence[int]) -> str:
     return raw.decode(errors="replace")
 
 
-class SimulatedPolicy:
+class SimulatedPolicy(StandIn):
     """A `Policy` that takes as long as a real engine would; made and called like `PolicyEngine`."""
 
     def __init__(
@@ -113,30 +114,19 @@ class SimulatedPolicy:
         """
         if not speed > 0:
             raise ValueError(f"speed={speed}: a simulated engine needs a speed above 0")
-        self.path, self.digest, self.config = model, digest or model, config
+        super().__init__(model, digest)
+        self.config = config
         self._batch = ContinuousBatch(rates, config.max_num_seqs, speed)
         self._cache = PrefixCache(rates.cache_tokens)
         self._counts: dict[str, float] = dict.fromkeys(
             ("requests", "prompt_tokens", "cached_tokens", "generated_tokens", "refused", "reloads"), 0.0
         )
 
-    async def start(self) -> str:
-        """Ready at once; returns the digest."""
-        return self.digest
-
     async def reload(self, path: str, digest: str | None = None) -> str:
-        """Serve as another checkpoint; the prefix cache is emptied, the content stays the same."""
-        self.path, self.digest = path, digest or path
+        """As `StandIn.reload`; the prefix cache is emptied."""
         self._cache.clear()
         self._counts["reloads"] += 1
-        return self.digest
-
-    async def health(self) -> str:
-        """The digest being served."""
-        return self.digest
-
-    async def close(self) -> None:
-        """Nothing is held."""
+        return await super().reload(path, digest)
 
     async def propose(self, prefixes: Sequence[tuple[int, ...]], n: int, sampling: Sampling) -> list[list[Candidate]]:
         """`n` continuations of each prefix, in the prefixes' order; an empty list for one that is too long."""

@@ -13,11 +13,12 @@ from array import array
 from collections.abc import Sequence
 
 from evolve.policy.batching import ContinuousBatch, PrefixCache, Rates
+from evolve.policy.standin import StandIn
 from evolve.schema import EngineConfig, ScoreForm
 from evolve.types import ScoreRequest
 
 
-class SimulatedPPM:
+class SimulatedPPM(StandIn):
     """A `Reward` that takes as long as a real engine would; made and called like `PPMEngine`."""
 
     def __init__(
@@ -33,23 +34,16 @@ class SimulatedPPM:
         speed: float = 1.0,
     ) -> None:
         """`model`, `form` and `device` are not used; `config.max_num_seqs` is the number of slots."""
-        self.path, self.digest, self.score_scale = model, digest or model, score_scale
+        super().__init__(model, digest)
+        self.score_scale = score_scale
         self._batch = ContinuousBatch(rates, config.max_num_seqs, speed)
         self._cache = PrefixCache(rates.cache_tokens)
         self._requests = 0
 
-    async def start(self) -> str:
-        """Ready at once; returns the digest."""
-        return self.digest
-
     async def reload(self, path: str, digest: str | None = None) -> str:
-        """Serve as another checkpoint; the prefix cache is emptied, the scores stay the same."""
-        self.path, self.digest = path, digest or path
+        """As `StandIn.reload`; the prefix cache is emptied."""
         self._cache.clear()
-        return self.digest
-
-    async def close(self) -> None:
-        """Nothing is held."""
+        return await super().reload(path, digest)
 
     async def score(self, requests: Sequence[ScoreRequest]) -> list[float]:
         """Values in (-1, 1), one a request."""

@@ -2,8 +2,8 @@
 
 One small actor. Shards pull tasks from it when they have room and publish finished trees to it: a summary for
 the counting, and a reference to the tree's Arrow record batch in the object store. Once a part file makes the tree
-durable the reference is dropped, and with it the memory; Q-values are then read from the part. What stays in memory is
-a few numbers a problem, however many trees there are.
+durable the reference is dropped, and with it the memory; Q-values (`q_values`) are then read from the part. What stays
+in memory is a few numbers a problem, however many trees there are.
 """
 
 from __future__ import annotations
@@ -11,9 +11,8 @@ from __future__ import annotations
 import heapq
 import sys
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -21,6 +20,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import ray
 
+from evolve.files import Place, readable
 from evolve.search.budget import (
     EscalatingBudget,
     Standing,
@@ -30,6 +30,7 @@ from evolve.search.budget import (
     expected_tokens,
     fair_share,
 )
+from evolve.service import get
 from evolve.store.trees import Part, TreeKey
 from evolve.types import Problem
 
@@ -75,9 +76,9 @@ class Board:
         budget: EscalatingBudget,
         problems: Sequence[Problem],
         finished: Iterable[tuple[TreeSummary, str]],
-        trees: Path,
+        trees: Place,
         shards: int = 1,
-        earlier: Mapping[str, float] | None = None,
+        earlier: Iterable[tuple[TreeSummary, str]] = (),
     ) -> None:
         """
         Args:
@@ -86,7 +87,8 @@ class Board:
             finished: trees that are durable already, each with the name of its part file.
             trees: directory of the part files.
             shards: how many shards will take from the board.
-            earlier: by problem, the tokens that a rollout took in an earlier round, where that is known.
+            earlier: trees of the round before, with their part files: how long a problem took then is how long it is
+                expected to take.
         """
         self._budget = budget
         self._problems = {problem.id: problem for problem in problems}
@@ -95,13 +97,15 @@ class Board:
         self._queue: list[tuple[float, int, int, TreeTask]] = []
         self._pushed = 0
         self._in_flight: dict[TreeKey, tuple[str, TreeTask]] = {}
+        self._held: Counter[str] = Counter()
+        """How many of them each shard has."""
         self._open: Counter[str] = Counter()
         """Trees of a problem that are queued or in flight."""
         self._attempts: Counter[TreeKey] = Counter()
         self._live: dict[TreeKey, _Live] = {}
         self._directory = trees
         self._shards = shards
-        self._earlier = earlier or {}
+        self._earlier = tokens_a_rollout(earlier, self._problems)
         self._totals: Counter[str] = Counter()
         self._classes: Counter[str] = Counter()
         self._levels: Counter[tuple[str, str]] = Counter()
@@ -121,14 +125,14 @@ class Board:
         self._drop_needless()
         if self._failure or (not self._queue and not self._in_flight):
             return None
-        own = sum(owner == shard for owner, _ in self._in_flight.values())
-        share = fair_share(room, own, len(self._queue), len(self._in_flight), self._shards)
+        share = fair_share(room, self._held[shard], len(self._queue), len(self._in_flight), self._shards)
         tasks: list[TreeTask] = []
         while self._queue and len(tasks) < share:
             task = heapq.heappop(self._queue)[-1]
             key = TreeKey(task.problem.id, task.number)
             self._attempts[key] += 1
             self._in_flight[key] = (shard, task)
+            self._held[shard] += 1
             tasks.append(task)
             self._drop_needless()
         return tasks
@@ -140,7 +144,8 @@ class Board:
             if summary.number in self._standing(key.problem_id).done:
                 continue
             problem = self._problems[key.problem_id]
-            if self._in_flight.pop(key, None) is not None:
+            if key in self._in_flight:
+                self._land(key)
                 self._close(key.problem_id)
             self._attempts.pop(key, None)
             self._live[key] = _Live(shard, summary, reference[0])
@@ -193,24 +198,10 @@ class Board:
         """Ids of problems with finished trees and no correct trajectory."""
         return [p for p in self._problems if (known := self._standing(p)).done and not known.solved]
 
-    def q_values(self, problem_id: str) -> pa.Table:
-        """Node statistics of a problem's trees: columns tree, node, parent, visits, q, kind, correct.
-
-        Raises:
-            KeyError: the problem has no finished tree.
-        """
-        columns = ["tree", "node", "parent", "visits", "q", "kind", "correct"]
-        tables = [
-            pa.Table.from_batches([ray.get(live.reference)]).select(columns)
-            for key, live in self._live.items()
-            if key.problem_id == problem_id
-        ]
-        for name in self._parts.get(problem_id, ()):
-            table = pq.read_table(self._directory / name, columns=["problem_id", *columns])
-            tables.append(table.filter(pc.field("problem_id") == problem_id).select(columns))
-        if not tables:
-            raise KeyError(f"problem {problem_id!r} has no finished tree in this round")
-        return pa.concat_tables(tables).sort_by([("tree", "ascending"), ("node", "ascending")])
+    def sources(self, problem_id: str) -> Sources:
+        """Where the finished trees of a problem are, each in one place."""
+        live = tuple(live.reference for key, live in self._live.items() if key.problem_id == problem_id)
+        return Sources(problem_id, live, tuple(self._directory / name for name in self._parts.get(problem_id, ())))
 
     # ------------------------------------------------------------------ inside
 
@@ -230,6 +221,12 @@ class Board:
         # Where nothing tells them apart: the harder by the data set's own level, then in order.
         heapq.heappush(self._queue, (-expected, -(task.problem.difficulty or 0), self._pushed, task))
 
+    def _land(self, key: TreeKey) -> TreeTask:
+        """A tree is no longer in flight."""
+        shard, task = self._in_flight.pop(key)
+        self._held[shard] -= 1
+        return task
+
     def _close(self, problem_id: str) -> None:
         """A queued or growing tree of the problem is no more."""
         self._open[problem_id] -= 1
@@ -248,7 +245,7 @@ class Board:
 
     def _again(self, key: TreeKey, reason: str) -> None:
         """Queue a tree in flight again, or fail the round."""
-        _, task = self._in_flight.pop(key)
+        task = self._land(key)
         if self._attempts[key] >= MAX_ATTEMPTS:
             self._failure = f"tree {key.number} of problem {key.problem_id} failed {MAX_ATTEMPTS} times: {reason}"
         self._push(task)
@@ -278,26 +275,85 @@ class Board:
 _NOTHING = Standing()
 
 
-def summarise(directory: Path, parts: Iterable[str]) -> Iterator[tuple[TreeSummary, str]]:
-    """The trees of part files and where they lie, for continuing a round; one file is in memory at a time."""
-    columns = ["rollouts", "sampled_tokens", "scored_tokens", "infrastructure_failures"]
-    for name in parts:
-        table = pq.read_table(directory / name, columns=["problem_id", "tree", "correct", "code", *columns])
-        table = table.append_column("right", pc.cast(pc.fill_null(table["correct"], False), pa.int32()))
-        table = table.append_column("graded", pc.cast(pc.is_valid(table["correct"]), pa.int32()))
-        table = table.append_column("executed", pc.cast(pc.not_equal(table["code"], ""), pa.int32()))
-        sums = [(column, "sum") for column in ("right", "graded", "executed")]
-        grouped = table.group_by(["problem_id", "tree"], use_threads=False).aggregate(
-            [("right", "count"), *sums, *((column, "max") for column in columns)]
-        )
-        for row in grouped.to_pylist():
-            summary = TreeSummary(
-                problem_id=row["problem_id"],
-                number=row["tree"],
-                nodes=row["right_count"],
-                correct=row["right_sum"],
-                wrong=row["graded_sum"] - row["right_sum"],
-                executions=row["executed_sum"],
-                **{column: row[f"{column}_max"] for column in columns},
+@dataclass(frozen=True, slots=True)
+class Sources:
+    """Where the trees of one problem are."""
+
+    problem_id: str
+    batches: tuple[Any, ...]
+    """References to record batches in the object store, of trees that are in no part file yet."""
+    parts: tuple[Place, ...]
+
+
+STATISTICS = ["tree", "node", "parent", "visits", "q", "kind", "correct"]
+
+
+def q_values(board: Any, problem_id: str, timeout_s: float = 60.0) -> pa.Table:
+    """Node statistics (columns `STATISTICS`) of a problem's finished trees, while the round runs.
+
+    Read by a task that Ray starts where most of the batches are; they pass neither through the board nor the caller.
+
+    Raises:
+        KeyError: the problem has no finished tree.
+        ServiceError: no answer in time.
+    """
+    found: Sources = get(board.sources.remote(problem_id), timeout_s, "the board")
+    if not found.batches and not found.parts:
+        raise KeyError(f"problem {problem_id!r} has no finished tree in this round")
+    reference = ray.remote(statistics).options(num_cpus=0).remote(problem_id, found.parts, *found.batches)
+    table: pa.Table = get(reference, timeout_s, f"the Q-values of {problem_id}")
+    return table
+
+
+def statistics(problem_id: str, parts: Sequence[Place], *batches: pa.RecordBatch) -> pa.Table:
+    """Columns `STATISTICS` of a problem's trees, from part files and record batches."""
+    tables = [pa.Table.from_batches([batch]).select(STATISTICS) for batch in batches]
+    for path in parts:
+        table = pq.read_table(readable(path), columns=STATISTICS, filters=pc.field("problem_id") == problem_id)
+        tables.append(table.select(STATISTICS))
+    return pa.concat_tables(tables).sort_by([("tree", "ascending"), ("node", "ascending")])
+
+
+def tokens_a_rollout(trees: Iterable[tuple[TreeSummary, str]], wanted: Container[str]) -> dict[str, float]:
+    """By problem, of those `wanted`, the tokens that a rollout took."""
+    sums: dict[str, tuple[int, int]] = {}
+    for summary, _ in trees:
+        if summary.problem_id in wanted:
+            tokens, rollouts = sums.get(summary.problem_id, (0, 0))
+            sums[summary.problem_id] = (tokens + summary.sampled_tokens, rollouts + summary.rollouts)
+    return {problem: tokens / rollouts for problem, (tokens, rollouts) in sums.items() if rollouts}
+
+
+@dataclass(frozen=True, slots=True)
+class Summaries:
+    """The trees of part files, each with the name of its part, read as they are iterated over.
+
+    Small to send to the actor that wants them; one file is in memory at a time.
+    """
+
+    directory: Place
+    parts: tuple[str, ...]
+
+    def __iter__(self) -> Iterator[tuple[TreeSummary, str]]:
+        columns = ["rollouts", "sampled_tokens", "scored_tokens", "infrastructure_failures"]
+        for name in self.parts:
+            wanted = ["problem_id", "tree", "correct", "code", *columns]
+            table = pq.read_table(readable(self.directory / name), columns=wanted)
+            table = table.append_column("right", pc.cast(pc.fill_null(table["correct"], False), pa.int32()))
+            table = table.append_column("graded", pc.cast(pc.is_valid(table["correct"]), pa.int32()))
+            table = table.append_column("executed", pc.cast(pc.not_equal(table["code"], ""), pa.int32()))
+            sums = [(column, "sum") for column in ("right", "graded", "executed")]
+            grouped = table.group_by(["problem_id", "tree"], use_threads=False).aggregate(
+                [("right", "count"), *sums, *((column, "max") for column in columns)]
             )
-            yield summary, name
+            for row in grouped.to_pylist():
+                summary = TreeSummary(
+                    problem_id=row["problem_id"],
+                    number=row["tree"],
+                    nodes=row["right_count"],
+                    correct=row["right_sum"],
+                    wrong=row["graded_sum"] - row["right_sum"],
+                    executions=row["executed_sum"],
+                    **{column: row[f"{column}_max"] for column in columns},
+                )
+                yield summary, name

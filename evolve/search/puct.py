@@ -22,10 +22,10 @@ class PUCT(MeanValue):
     and the full bonus, so that a step the policy finds unlikely may stay untried.
     """
 
-    def select_score(self, tree: Tree, node: int, pending: int = 0) -> float:
+    def select_score(self, tree: Tree, node: int, pending: int = 0, parent_pending: int = 0) -> float:
         """PUCT of `node`; rollouts in flight count as lost ones (virtual loss)."""
         visits = tree.visits[node] + pending
-        parent_visits = max(tree.visits[tree.parent[node]] + pending, visits)
+        parent_visits = tree.visits[tree.parent[node]] + max(pending, parent_pending)
         growth = math.log((parent_visits + C_BASE + 1) / C_BASE) + self.exploration
         bonus = step_probability(tree, node) * growth * math.sqrt(parent_visits) / (1 + visits)
         return self.q_in_flight(tree, node, pending) + bonus

@@ -17,8 +17,11 @@ from evolve.tree import Tree
 class TreePolicy(Protocol):
     """The rule of a tree search."""
 
-    def select_score(self, tree: Tree, node: int, pending: int = 0) -> float:
-        """How much a rollout wants to pass through `node`; `pending` rollouts are below it already."""
+    def select_score(self, tree: Tree, node: int, pending: int = 0, parent_pending: int = 0) -> float:
+        """How much a rollout wants to pass through `node`.
+
+        So many other rollouts are below it already, and below its parent (those below it among them).
+        """
         ...
 
     def initial_value(self, score: float | None) -> tuple[float, int]:
@@ -83,5 +86,14 @@ class MeanValue:
 
 
 def choose(policy: TreePolicy, tree: Tree, nodes: Sequence[int], pending: dict[int, int], rng: Random) -> int:
-    """The node with the highest score; of equal ones the higher initial value, then one by chance."""
-    return max(nodes, key=lambda i: (policy.select_score(tree, i, pending.get(i, 0)), tree.prior[i], rng.random()))
+    """The sibling with the highest score; of equal ones the higher initial value, then one by chance.
+
+    `pending`: by node, the rollouts below it; the one that chooses is among those of the siblings' parent.
+    """
+    beside = max(0, pending.get(tree.parent[nodes[0]], 0) - 1)
+
+    def rank(node: int) -> tuple[float, float, float]:
+        score = policy.select_score(tree, node, pending.get(node, 0), beside)
+        return score, tree.prior[node], rng.random()
+
+    return max(nodes, key=rank)

@@ -6,9 +6,11 @@ is sampled after the output was inserted.
 
 from __future__ import annotations
 
+import asyncio
 import re
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from evolve.policy.formats import END_OF_STEP, last_boxed
 from evolve.types import (
@@ -23,6 +25,8 @@ from evolve.types import (
     StepFormat,
     Verifier,
 )
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -63,20 +67,21 @@ class Sampler:
         sampling = replace(self.sampling, stop=code_stop, seed=seed)
         [candidates] = await self.policy.propose([prompt_ids], n, sampling)
         solutions = [_begun(candidate) for candidate in candidates]
-        executed: dict[str, tuple[str | None, str]] = {}
+        executed = await _once_each((s.text for s in solutions), lambda text: self._execute(problem, text))
+        finishing = []
         for number, solution in enumerate(solutions):
-            if solution.text not in executed:
-                executed[solution.text] = await self._execute(problem, solution.text)
             solution.answer, inserted = executed[solution.text]
             if inserted:
-                await self._answer(solution, prompt_ids, inserted, replace(sampling, seed=seed + n + number))
+                own = replace(sampling, seed=seed + n + number)
+                finishing.append(self._answer(solution, prompt_ids, inserted, own))
+        await asyncio.gather(*finishing)
+        for solution in solutions:
             if solution.answer is None:
                 solution.answer = last_boxed(solution.text)
-        outcomes: dict[str, Outcome] = {}
+        answers = (s.answer for s in solutions if s.answer is not None)
+        outcomes = await _once_each(answers, lambda answer: self.verifier.grade(problem, answer))
         for solution in solutions:
             if solution.answer is not None:
-                if solution.answer not in outcomes:
-                    outcomes[solution.answer] = await self.verifier.grade(problem, solution.answer)
                 solution.outcome = outcomes[solution.answer]
         return solutions
 
@@ -109,6 +114,12 @@ class Sampler:
         parsed = self.format.parse(candidate.text, True)
         if isinstance(parsed, Answer):
             solution.answer = parsed.answer
+
+
+async def _once_each(texts: Iterable[str], work: Callable[[str], Awaitable[T]]) -> dict[str, T]:
+    """What `work` makes of each text; of equal ones once, and all at the same time."""
+    distinct = list(dict.fromkeys(texts))
+    return dict(zip(distinct, await asyncio.gather(*map(work, distinct)), strict=True))
 
 
 def split_steps(text: str, boundaries: Sequence[str]) -> list[str]:

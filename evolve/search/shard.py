@@ -10,12 +10,12 @@ import asyncio
 import contextlib
 import uuid
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import ray
 
+from evolve.files import Place
 from evolve.policy.formats import format_named
 from evolve.schema import ValueKind
 from evolve.search.budget import TreeSummary, TreeTask
@@ -32,6 +32,9 @@ PART_TREES = 64
 """Finished trees that make a part file."""
 PART_SECONDS = 15.0
 """A finished tree is durable after at most so long."""
+TAKEN_AT_ONCE = 4
+"""Trees that a shard asks the board for in one call: the longest go first, and the first shard to ask must not get them
+all."""
 IDLE_S = 0.25
 """How long a shard waits before it asks the board again, when that had nothing for it."""
 
@@ -49,7 +52,7 @@ class SearchJob:
     concurrent_trees: int
     concurrent_rollouts: int
     tail_rollouts: int
-    trees: Path
+    trees: Place
     policy: tuple[str, str]
     """Path and digest of the policy's checkpoint."""
     ppm: tuple[str, str] | None
@@ -114,35 +117,39 @@ class _Round:
     at_once: int = 1
     """Rollouts in flight of each tree."""
     changed: asyncio.Event = field(default_factory=asyncio.Event)
-    closed: asyncio.Event = field(default_factory=asyncio.Event)
+    flush: asyncio.Event = field(default_factory=asyncio.Event)
+    """There is reason to write a part before its time."""
+    closed: bool = False
     """No tree is to grow any longer."""
     errors: list[BaseException] = field(default_factory=list)
 
     async def run(self) -> None:
         """Grow what the board gives until it has nothing more."""
         self.at_once = self.job.concurrent_rollouts
-        flusher = asyncio.create_task(self._flush_regularly())
-        flusher.add_done_callback(self._ended)
+        writer = asyncio.create_task(self._write_parts())
+        writer.add_done_callback(self._ended)
         try:
-            while not self.closed.is_set() and await self._fill():
+            while not self.closed and await self._fill():
                 if self.errors:
                     raise self.errors[0]
         finally:
             for task in self.growing:
                 task.cancel()
             self.close()
-            await flusher
+            await writer
 
     def close(self) -> None:
         """Have `run` return soon, with everything durable that is finished."""
-        self.closed.set()
+        self.closed = True
         self.changed.set()
+        self.flush.set()
 
     async def _fill(self) -> bool:
-        """Take as many trees as there is room for, then wait for a change; False when the round is over."""
+        """Take trees while there is room, then wait for a change; False when the round is over."""
         self.changed.clear()
         room = self.job.concurrent_trees - len(self.growing)
-        tasks = await self.board.take.remote(self.name, room) if room else []
+        asked = min(room, TAKEN_AT_ONCE)
+        tasks = await self.board.take.remote(self.name, asked) if asked else []
         if tasks is None and not self.growing:
             return False
         for task in tasks or []:
@@ -151,6 +158,8 @@ class _Round:
             growth.add_done_callback(self._ended)
         if room and not tasks:
             self._widen()
+        if tasks and room > len(tasks) == asked:
+            return True
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(IDLE_S if room > len(tasks or []) else None):
                 await self.changed.wait()
@@ -182,7 +191,7 @@ class _Round:
         self.finished.append((batch, reference))
         await self.board.publish.remote(self.name, [(summary_of(tree), [reference])])
         if len(self.finished) >= PART_TREES:
-            await self._flush()
+            self.flush.set()
 
     async def _grow_tree(self, task: TreeTask, key: TreeKey) -> Tree:
         job, plan, problem = self.job, self.job.plan, task.problem
@@ -202,20 +211,19 @@ class _Round:
         await search.grow(tree, bare)
         return tree
 
-    async def _flush_regularly(self) -> None:
-        """Every so often, and at the end. It is never cancelled: a part that is being written is also announced."""
-        while not self.closed.is_set():
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(PART_SECONDS):
-                    await self.closed.wait()
-            await self._flush()
-
-    async def _flush(self) -> None:
-        finished, self.finished = self.finished, []
-        if finished:
-            name = f"part-{self.name}-{uuid.uuid4().hex[:8]}.parquet"
-            part = await asyncio.to_thread(write_part, self.job.trees, name, [batch for batch, _ in finished])
-            await self.board.durable.remote(part)
+    async def _write_parts(self) -> None:
+        """The only one who does, so that a part that is being written is also announced: this is never cancelled."""
+        while not self.closed or self.finished:
+            if not self.closed:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(PART_SECONDS):
+                        await self.flush.wait()
+                self.flush.clear()
+            finished, self.finished = self.finished, []
+            if finished:
+                name = f"part-{self.name}-{uuid.uuid4().hex[:8]}.parquet"
+                part = await asyncio.to_thread(write_part, self.job.trees, name, [batch for batch, _ in finished])
+                await self.board.durable.remote(part)
 
 
 def summary_of(tree: Tree) -> TreeSummary:

@@ -16,11 +16,11 @@ class UCT(MeanValue):
     c is `exploration`: 2 in the paper.
     """
 
-    def select_score(self, tree: Tree, node: int, pending: int = 0) -> float:
+    def select_score(self, tree: Tree, node: int, pending: int = 0, parent_pending: int = 0) -> float:
         """UCT of `node`, +inf while unvisited; rollouts in flight count as lost ones (virtual loss)."""
         visits = tree.visits[node] + pending
         if visits == 0:
             return math.inf
-        parent_visits = max(tree.visits[tree.parent[node]] + pending, visits)
+        parent_visits = tree.visits[tree.parent[node]] + max(pending, parent_pending)
         bonus = math.sqrt(math.log(parent_visits) / visits)
         return self.q_in_flight(tree, node, pending) + self.exploration * bonus

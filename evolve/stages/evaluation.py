@@ -13,7 +13,7 @@ from ray.exceptions import RayActorError, RayTaskError
 
 from evolve import report
 from evolve.evaluate import EvalJob, Record, record_from, table
-from evolve.files import publish_json
+from evolve.files import publish_rows
 from evolve.fleet import Checkpoint, Fleet
 from evolve.progress import ProgressLine, duration
 from evolve.schema import EvolveConfig
@@ -37,7 +37,8 @@ def evaluate(run: Run, k: int) -> None:
     kept = RecordFile(directory.eval / "records.partial.jsonl", job.digest())
     records = measure(run.config, run.fleet, k, policy, ppm, problems, run.line, lambda: run.tell([]), kept)
     rows = [asdict(row) for row in table(records, run.config.evaluate.bootstrap_resamples)]
-    publish_json(directory.eval / "records.json", [asdict(record) for record in records])
+    directory.eval.mkdir(parents=True, exist_ok=True)
+    publish_rows(directory.eval / "records.json", map(asdict, records))
     seconds = time.monotonic() - started
     skipped = sum(record.skipped for record in records)
     directory.record("evaluation", rows=rows, problems=len(records), skipped=skipped, seconds=seconds)
@@ -83,6 +84,7 @@ def measure(
 ) -> list[Record]:
     """One record a problem, in their order, from all shards of a fleet, which is made to serve the checkpoints.
 
+    The records are all in memory: about 10 kB a held-out problem with 64 samples, however large the rounds are.
     What a dead evaluator had not handed over is evaluated again. `tell` is called about once a second while this
     waits. `kept` holds the records that are there already, and takes those that come.
 

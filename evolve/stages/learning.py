@@ -4,15 +4,14 @@ from __future__ import annotations
 
 import time
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from evolve.config import resolve_round
-from evolve.files import file_digest
+from evolve.files import Place, file_digest
 from evolve.learn import rows
 from evolve.learn.extract import Retokenise, RowsFiles, extract
 from evolve.learn.jobs import TrainJob
-from evolve.policy.checkpoint import digest
+from evolve.policy.checkpoint import digest, resolve
 from evolve.problems import for_round
 from evolve.progress import duration
 from evolve.schema import Generator, PPMConfig, SFTConfig
@@ -70,7 +69,7 @@ def extract_rows(run: Run, k: int) -> None:
     directory.record("rows", **counts, files=files)
 
 
-def _changed_rows(directory: RoundDirectory) -> list[Path]:
+def _changed_rows(directory: RoundDirectory) -> list[Place]:
     """Row files of a round that are not what its manifest says; they are extracted anew from the round's trees."""
     files = (directory.finished("rows") or {}).get("files", {})
     paths = {directory.path / name: digest for name, digest in files.items()}
@@ -113,7 +112,7 @@ def train(run: Run, k: int) -> None:
         run.trainers.close()
 
 
-def _row_files(run: Run, k: int, stage: str) -> list[Path]:
+def _row_files(run: Run, k: int, stage: str) -> list[Place]:
     """This round's rows, or those of all rounds so far, and the replay rows of the tiny world."""
     config = run.config.sft if stage == "sft" else run.config.ppm
     first = 1 if config.pooled else k
@@ -129,7 +128,7 @@ def _row_files(run: Run, k: int, stage: str) -> list[Path]:
     return files
 
 
-def _replay_file(run: Run) -> Path:
+def _replay_file(run: Run) -> Place:
     """Rows of the quoting task that keep the tiny model's copying alive."""
     from transformers import AutoTokenizer
 
@@ -137,7 +136,7 @@ def _replay_file(run: Run) -> Path:
 
     path = run.directory.path / "replay.parquet"
     if not path.exists():
-        tokenizer = AutoTokenizer.from_pretrained(run.base.path)
+        tokenizer = AutoTokenizer.from_pretrained(resolve(run.base.path))
         found = replay_rows(
             run.config.sft.replay,
             run.config.run.seed,

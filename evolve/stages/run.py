@@ -17,17 +17,26 @@ from rich.console import Console
 
 from evolve import cluster, report
 from evolve.config import differences, read, to_yaml
-from evolve.errors import EvolveError
-from evolve.files import publish_file, remove_asides, storage_errors
+from evolve.errors import EvolveError, StorageError
+from evolve.files import (
+    Place,
+    entries,
+    is_published,
+    publish_file,
+    remove_asides,
+    remove_tree,
+    storage_errors,
+)
 from evolve.fleet import Checkpoint, Engines, Fleet
 from evolve.learn.jobs import Workers
 from evolve.learn.trainer import TrainerGroup
-from evolve.policy.checkpoint import DigestMismatch, digest, resolve, verify
+from evolve.policy.checkpoint import DigestMismatch, digest, files_of, resolve, verify
 from evolve.problems import ProblemSet, load_problems
 from evolve.progress import ProgressLine, duration
+from evolve.remote import RemotePath
 from evolve.schema import EvolveConfig
 from evolve.stages.changes import affected
-from evolve.store.lock import Lock
+from evolve.store.lease import driver_lock
 from evolve.store.parts import PATTERN
 from evolve.store.run import RoundDirectory, RunDirectory, RunError
 
@@ -100,13 +109,13 @@ def open_run(config: EvolveConfig, engines: Engines = Engines()) -> Iterator[Run
         RunError, ProblemsError: before anything is started; a RunError also later, with what is safe and how to go on.
     """
     console, line = Console(width=None if sys.stdout.isatty() else 120), ProgressLine()
-    directory = RunDirectory(Path(config.run.dir, config.run.name).absolute())
+    directory = RunDirectory.of(config.run.dir, config.run.name)
     problems = load_problems(config)
     for note in problems.notes:
         console.print(f"note: {note}")
     _check_order(config, directory)
     with ExitStack() as ending:
-        lock = Lock(directory)
+        lock = driver_lock(directory)
         lock.acquire()
         ending.callback(lock.release)
         remove_asides(directory.path)
@@ -157,10 +166,13 @@ def _stop_at_once(number: int, frame: object) -> None:
 def _safe(directory: RunDirectory) -> str:
     """What a stopped run keeps, and how to go on."""
     lines = [f"Safe in {directory.path}:"]
-    for path in sorted(directory.path.glob("round-*"), key=lambda path: int(path.name.partition("-")[2])):
-        finished = ", ".join(RoundDirectory(path, 0).manifest()) or "nothing finished yet"
-        parts = len(list((path / "trees").glob(PATTERN)))
-        lines.append(f"  {path.name}: {finished}" + (f"; {parts} files of whole trees" if parts else ""))
+    try:
+        for path in sorted(entries(directory.path, "round-*"), key=lambda path: int(path.name.partition("-")[2])):
+            finished = ", ".join(RoundDirectory(path, 0).manifest()) or "nothing finished yet"
+            parts = len(entries(path / "trees", PATTERN))
+            lines.append(f"  {path.name}: {finished}" + (f"; {parts} files of whole trees" if parts else ""))
+    except StorageError:
+        lines.append("  what was finished there; it does not answer now")
     lines.append(f"To go on: python -m evolve.driver {shlex.join(sys.argv[1:])}".rstrip())
     return "\n".join(lines)
 
@@ -201,8 +213,7 @@ def _would_change(key: str, finished: Mapping[int, Iterable[str]]) -> str:
 def _base_model(config: EvolveConfig, directory: RunDirectory, line: ProgressLine) -> Checkpoint:
     """The base model's directory and digest; the tiny world's model is made on first use."""
     if config.policy.model != "toy":
-        path = resolve(config.policy.model, config.policy.revision)
-        return Checkpoint(path, digest(path))
+        return shared_model(config.policy.model, config.policy.revision, directory.base)
     seed_round = directory.round(0)
     if seed_round.finished("base") is None:
         from evolve.toy import seed_model
@@ -213,15 +224,29 @@ def _base_model(config: EvolveConfig, directory: RunDirectory, line: ProgressLin
             line.show(f"base model: pre-training step {step}/{steps}, loss {loss:.3f}")
 
         line.show("base model: making the tiny world's tokenizer and demonstrations", force=True)
+        remove_tree(directory.base)  # of a driver that died before it could name it
         metrics = seed_model.build(config.toy, config.run.seed, directory.base, progress)
         seconds = time.monotonic() - started
         seed_round.record("base", digest=digest(directory.base), seconds=seconds, metrics=metrics)
         line.end(f"base model: made in {duration(seconds)}")
     entry = seed_round.finished("base")
-    found = digest(directory.base)
+    found = digest(directory.base) if is_published(directory.base) else ""
     if entry is None or found != entry["digest"]:
         raise RunError(f"{directory.base} is not the base model this run was started with; use another run.name")
     return Checkpoint(str(directory.base), found)
+
+
+def shared_model(model: str, revision: str | None, copy: Place) -> Checkpoint:
+    """A model that the recipe names, where every node has it: at its own place, or, for a run in an object store, whose
+    nodes share nothing else, as a `copy` there, made on first use."""
+    path = resolve(model, revision)
+    found = Checkpoint(path, digest(path))
+    if not isinstance(copy, RemotePath):
+        return found
+    if not copy.is_published():
+        files = copy.put_files(Path(path), [file.name for file in files_of(path)])
+        copy.publish(files)
+    return Checkpoint(str(copy), verify(copy, found.digest))
 
 
 def _workers(config: EvolveConfig, device: str) -> Workers:

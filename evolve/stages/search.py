@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -12,21 +11,20 @@ import ray
 from ray.exceptions import RayActorError
 
 from evolve.config import resolve_round
-from evolve.files import file_digest
+from evolve.files import entries, file_digest
 from evolve.fleet import Checkpoint
-from evolve.policy.checkpoint import digest, resolve
 from evolve.policy.formats import format_named
 from evolve.policy.prompts import worked_examples
 from evolve.problems import for_round
 from evolve.progress import duration
 from evolve.schema import EvolveConfig, Generator, ValueKind
-from evolve.search.board import Board, Progress, summarise
+from evolve.search.board import Board, Progress, Summaries
 from evolve.search.budget import EscalatingBudget
 from evolve.search.shard import SearchJob
 from evolve.service import ServiceError, get
 from evolve.stages.growing import Growing
-from evolve.stages.run import Run
-from evolve.store.parts import damaged_parts, mended_parts, set_aside
+from evolve.stages.run import Run, shared_model
+from evolve.store.parts import PATTERN, damaged_parts, mended_parts, set_aside
 from evolve.store.run import RoundDirectory, RunError
 from evolve.types import Problem, RoundPlan, Sampling
 
@@ -46,8 +44,8 @@ def grow_trees(run: Run, k: int) -> None:
     run.line.show(f"round {k}: starting engines", force=True)
     policy, engine = run.policy(k - 1), None
     if plan.generator is Generator.bootstrap and config.policy.bootstrap.model is not None:
-        path = resolve(config.policy.bootstrap.model)
-        policy, engine = Checkpoint(path, digest(path)), config.policy.bootstrap.engine
+        policy = shared_model(config.policy.bootstrap.model, None, run.directory.path / "bootstrap")
+        engine = config.policy.bootstrap.engine
     ppm = run.ppm(k - 1) if plan.value is ValueKind.ppm else None
     run.fleet.load(policy, ppm, engine)
     sandboxes = _sandboxes(run, k)
@@ -131,27 +129,16 @@ def few_shot(config: EvolveConfig) -> str:
 def _board(run: Run, plan: RoundPlan, problems: tuple[Problem, ...], directory: RoundDirectory) -> Any:
     """The round's board, knowing the trees that earlier runs made durable."""
     directory.trees.mkdir(parents=True, exist_ok=True)
-    finished = list(summarise(directory.trees, _part_names(directory)))
-    arguments = (problems, finished, directory.trees, len(run.fleet.groups), _earlier(run, plan, problems))
+    finished = _grown(directory)
+    same_problems = plan.round > 1 and run.config.problems.per_round is None
+    earlier = _grown(run.directory.round(plan.round - 1)) if same_problems else ()
+    arguments = (problems, finished, directory.trees, len(run.fleet.groups), earlier)
     return ray.remote(Board).options(num_cpus=0).remote(EscalatingBudget(plan), *arguments)
 
 
-def _part_names(directory: RoundDirectory) -> list[str]:
-    return sorted(path.name for path in directory.trees.glob("part-*.parquet"))
-
-
-def _earlier(run: Run, plan: RoundPlan, problems: tuple[Problem, ...]) -> dict[str, float]:
-    """Tokens a rollout of the problems that the round before had as well: what is known of how long they take."""
-    if plan.round == 1 or run.config.problems.per_round is not None:
-        return {}
-    before, ids = run.directory.round(plan.round - 1), {problem.id for problem in problems}
-    tokens: Counter[str] = Counter()
-    rollouts: Counter[str] = Counter()
-    for summary, _ in summarise(before.trees, _part_names(before)):
-        if summary.problem_id in ids:
-            tokens[summary.problem_id] += summary.sampled_tokens
-            rollouts[summary.problem_id] += summary.rollouts
-    return {problem: tokens[problem] / count for problem, count in rollouts.items() if count}
+def _grown(directory: RoundDirectory) -> Summaries:
+    """What is in a round's part files."""
+    return Summaries(directory.trees, tuple(path.name for path in entries(directory.trees, PATTERN)))
 
 
 def _reopened(run: Run, directory: RoundDirectory) -> bool:

@@ -1,4 +1,7 @@
-"""At most one driver on a run directory: a lock file with a heartbeat, on any file system that all hosts share."""
+"""At most one driver on a run directory: a lock file with a heartbeat, on any file system that all hosts share.
+
+`evolve.store.lease` is the same for object stores.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +20,7 @@ from typing import Any
 
 import psutil
 
-from evolve.files import aside_of, storage_errors
+from evolve.files import Place, aside_of, storage_errors
 from evolve.store.run import RunDirectory, RunError
 
 BEAT_S = 10.0
@@ -40,6 +43,7 @@ class Lock:
 
     def __init__(self, run: RunDirectory, on_lost: Callable[[str], None] = stop_this_process) -> None:
         """`on_lost` is called, with the reason, when another driver has taken the lock of this one."""
+        assert isinstance(run.path, Path)
         self._path = run.path / "lock.json"
         self._on_lost = on_lost
         self._token = uuid.uuid4().hex
@@ -77,7 +81,7 @@ class Lock:
     def _create(self) -> bool:
         """Make the lock file with its content in one step; False where there is one."""
         aside = aside_of(self._path)
-        aside.write_text(json.dumps({**_me(), "token": self._token}))
+        aside.write_text(json.dumps({**me(), "token": self._token}))
         try:
             os.link(aside, self._path)
         except FileExistsError:
@@ -99,8 +103,8 @@ class Lock:
         age = self._age()
         if age is None:  # released meanwhile
             return
-        if not (_gone(holder) if _same_machine(holder) else age > STALE_S):
-            raise RunError(_refusal(self._path, holder, age))
+        if not (gone(holder) if same_machine(holder) else age > STALE_S):
+            raise RunError(refusal(self._path.parent, holder, age))
         # Whoever renames it has it; should that be a new lock, taken since it was read, it is put back.
         aside = aside_of(self._path)
         with contextlib.suppress(FileNotFoundError):
@@ -138,7 +142,8 @@ class Lock:
             return
 
 
-def _me() -> dict[str, Any]:
+def me() -> dict[str, Any]:
+    """What a lock says of its holder: this process."""
     return {
         "host": socket.gethostname(),
         "processes": _process_space(),
@@ -155,11 +160,12 @@ def _process_space() -> str:
     return ""
 
 
-def _same_machine(holder: dict[str, Any]) -> bool:
+def same_machine(holder: dict[str, Any]) -> bool:
+    """Whether the holder's process id means something here."""
     return (holder.get("host"), holder.get("processes")) == (socket.gethostname(), _process_space())
 
 
-def _gone(holder: dict[str, Any]) -> bool:
+def gone(holder: dict[str, Any]) -> bool:
     """Whether the holder's process has ended; a later process may have its number."""
     try:
         return abs(psutil.Process(holder["pid"]).create_time() - holder["process_started"]) >= 1.0
@@ -167,13 +173,14 @@ def _gone(holder: dict[str, Any]) -> bool:
         return True
 
 
-def _refusal(path: Path, holder: dict[str, Any], age: float) -> str:
+def refusal(run: Place, holder: dict[str, Any], age: float) -> str:
+    """What a second driver is told. `age`: seconds since the holder's last heartbeat."""
     who = f"host {holder.get('host', '?')}, process {holder.get('pid', '?')}, since {holder.get('since', '?')}"
-    if _same_machine(holder):
+    if same_machine(holder):
         mend = f"Wait for it, or end it: kill {holder.get('pid')}"
     else:
         mend = (
             f"Wait for it, or end it there. If that machine is gone, run this again in {max(STALE_S - age, 1):.0f} s: "
             f"its last sign of life is {max(age, 0):.0f} s old, and after {STALE_S:.0f} s its lock is taken over"
         )
-    return f"{path.parent} is in use by another driver: {who}. {mend}. Use another run.name for a second run."
+    return f"{run} is in use by another driver: {who}. {mend}. Use another run.name for a second run."

@@ -9,13 +9,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from evolve.files import file_digest, publish_file
+from evolve.files import Place, entries, file_digest, publish_file, readable, rename
 from evolve.store.trees import TreeKey
 from evolve.tree import ROOT
 
@@ -39,7 +38,7 @@ class Parts:
         return sum(map(len, self.trees.values()))
 
 
-def mended_parts(directory: Path, pattern: str = PATTERN) -> Parts:
+def mended_parts(directory: Place, pattern: str = PATTERN) -> Parts:
     """The part files in `directory` whose names fit, once those that cannot be read are set aside and second copies of
     trees dropped.
 
@@ -48,7 +47,7 @@ def mended_parts(directory: Path, pattern: str = PATTERN) -> Parts:
     known: set[TreeKey] = set()
     trees: dict[str, tuple[TreeKey, ...]] = {}
     notes: list[str] = []
-    for path in sorted(directory.glob(pattern)):
+    for path in entries(directory, pattern):
         try:
             keys = _keys(path)
         except (OSError, pa.ArrowException, ValueError) as error:
@@ -65,13 +64,13 @@ def mended_parts(directory: Path, pattern: str = PATTERN) -> Parts:
     return Parts(trees, tuple(notes))
 
 
-def set_aside(path: Path, reason: str) -> str:
+def set_aside(path: Place, reason: str) -> str:
     """Rename a part that cannot be believed; returns a note about it."""
-    path.replace(path.with_name(DAMAGED + path.name))
+    rename(path, DAMAGED + path.name)
     return f"{path} is damaged ({reason}); it is set aside as {DAMAGED}{path.name} and its trees are grown again"
 
 
-def damaged_parts(directory: Path, recorded: Mapping[str, str]) -> dict[str, str]:
+def damaged_parts(directory: Place, recorded: Mapping[str, str]) -> dict[str, str]:
     """Parts (name to digest, as the manifest has them) that are missing or changed, with what is wrong."""
     found: dict[str, str] = {}
     for name, digest in recorded.items():
@@ -83,8 +82,8 @@ def damaged_parts(directory: Path, recorded: Mapping[str, str]) -> dict[str, str
     return found
 
 
-def _keys(path: Path) -> tuple[TreeKey, ...]:
-    table = pq.read_table(path, columns=["problem_id", "tree", "node"], page_checksum_verification=True)
+def _keys(path: Place) -> tuple[TreeKey, ...]:
+    table = pq.read_table(readable(path), columns=["problem_id", "tree", "node"], page_checksum_verification=True)
     roots = table.filter(pc.field("node") == ROOT)
     if table.num_rows and not roots.num_rows:
         raise ValueError("it holds nodes and no root")
@@ -92,12 +91,12 @@ def _keys(path: Path) -> tuple[TreeKey, ...]:
     return tuple(TreeKey(problem, number) for problem, number in zip(*columns, strict=True))
 
 
-def _keep_only(path: Path, keys: tuple[TreeKey, ...]) -> None:
+def _keep_only(path: Place, keys: tuple[TreeKey, ...]) -> None:
     """Write a part again with some of its trees; without any, remove it."""
     if not keys:
         path.unlink()
         return
-    table = pq.read_table(path, page_checksum_verification=True)
+    table = pq.read_table(readable(path), page_checksum_verification=True)
     wanted = {(key.problem_id, key.number) for key in keys}
     pairs = zip(table.column("problem_id").to_pylist(), table.column("tree").to_pylist(), strict=True)
     kept = table.filter(pa.array([pair in wanted for pair in pairs]))

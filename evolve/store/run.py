@@ -2,7 +2,7 @@
 
     runs/NAME/
       config.yaml          the resolved configuration
-      lock.json            which driver is at work here
+      lock.json            which driver is at work here (lock-N.json in an object store)
       base/                the base model, where the project makes it (the tiny world)
       metrics.jsonl        every metric, one JSON object a line
       report.json          results of all rounds
@@ -11,21 +11,24 @@
         manifest.json      what is finished: artefact -> digest and counts
         trees/*.parquet    one row a node (evolve.store.trees.SCHEMA)
         sft/               rows.parquet, checkpoint/
-        ppm/               rows.parquet, validation.parquet, checkpoint/
-        eval/              records.json, what each problem's attempts came to; before, records.partial.jsonl
+        ppm/               rows.parquet, checkpoint/
+        eval/              records.json, one record a problem; before, records.partial.jsonl
 
 An artefact counts as finished when the manifest names it, and it is named there only after it was renamed into place.
+
+In an object store (`run.dir=s3://bucket/runs`) names are the same; "renamed into place" is one put there, and a
+directory counts once its `published.json` was put (`evolve.remote`). Such a store is the truth and all there is: nodes
+share nothing else, and what they keep on their own disks may be lost.
 """
 
 from __future__ import annotations
 
 import json
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from evolve.errors import EvolveError
-from evolve.files import publish_json
+from evolve.files import Place, place, publish_json
 
 
 class RunError(EvolveError):
@@ -36,23 +39,23 @@ class RunError(EvolveError):
 class RoundDirectory:
     """`runs/NAME/round-K`. Round 0 holds the base model's evaluation."""
 
-    path: Path
+    path: Place
     number: int
 
     @property
-    def trees(self) -> Path:
+    def trees(self) -> Place:
         return self.path / "trees"
 
     @property
-    def sft(self) -> Path:
+    def sft(self) -> Place:
         return self.path / "sft"
 
     @property
-    def ppm(self) -> Path:
+    def ppm(self) -> Place:
         return self.path / "ppm"
 
     @property
-    def eval(self) -> Path:
+    def eval(self) -> Place:
         return self.path / "eval"
 
     def manifest(self) -> dict[str, Any]:
@@ -95,24 +98,29 @@ class RoundDirectory:
 class RunDirectory:
     """`runs/NAME`."""
 
-    path: Path
+    path: Place
+
+    @classmethod
+    def of(cls, directory: str, name: str) -> RunDirectory:
+        """The run directory `run.dir`/`run.name` of a configuration."""
+        return cls((place(directory) / name).absolute())
 
     def round(self, number: int) -> RoundDirectory:
         """The directory of round `number`."""
         return RoundDirectory(self.path / f"round-{number}", number)
 
     @property
-    def base(self) -> Path:
+    def base(self) -> Place:
         return self.path / "base"
 
     @property
-    def metrics(self) -> Path:
+    def metrics(self) -> Place:
         return self.path / "metrics.jsonl"
 
     @property
-    def report(self) -> Path:
+    def report(self) -> Place:
         return self.path / "report.json"
 
     @property
-    def config(self) -> Path:
+    def config(self) -> Place:
         return self.path / "config.yaml"

@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from evolve.files import file_digest, publish_file
+from evolve.files import Place, file_digest, publish_file, readable
 from evolve.tree import ROOT, Tree
 from evolve.types import NodeKind, Status
 
@@ -154,7 +153,7 @@ class Part:
     keys: tuple[TreeKey, ...]
 
 
-def write_part(directory: Path, name: str, trees: Sequence[pa.RecordBatch]) -> Part:
+def write_part(directory: Place, name: str, trees: Sequence[pa.RecordBatch]) -> Part:
     """Make trees (each a batch of `to_batch`) durable as `directory/name`; the file appears whole or not at all."""
     table = pa.Table.from_batches(trees, SCHEMA)
     path = directory / name
@@ -163,14 +162,15 @@ def write_part(directory: Path, name: str, trees: Sequence[pa.RecordBatch]) -> P
     return Part(name, file_digest(path), keys)
 
 
-def read_part(path: Path) -> list[Tree]:
+def read_part(path: Place) -> list[Tree]:
     """The trees of one part file.
 
     Raises:
         ValueError: the file was written by a version with another schema.
     """
-    found = pq.read_schema(path)
+    source = readable(path)
+    found = pq.read_schema(source)
     if not found.equals(SCHEMA):
         theirs, ours = ((schema.metadata or {}).get(b"format", b"?").decode() for schema in (found, SCHEMA))
         raise ValueError(f"{path} holds trees as {theirs}, this version reads {ours}; grow them again in a new run")
-    return from_table(pq.read_table(path, page_checksum_verification=True))
+    return from_table(pq.read_table(source, page_checksum_verification=True))

@@ -12,13 +12,12 @@ import shutil
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
-from pathlib import Path
 
 import torch
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
-from evolve.files import aside_of, publish_directory, storage_errors
+from evolve.files import Place, aside_of, is_published, publish_directory, storage_errors, workshop
 from evolve.schema import ToyConfig
 from evolve.toy import tokenizer as toy_tokenizer
 from evolve.toy.forms import EVENTS
@@ -66,7 +65,7 @@ def replay_rows(
 def build(
     config: ToyConfig,
     seed: int,
-    output: Path,
+    output: Place,
     progress: Callable[[int, int, float], None] | None = None,
 ) -> dict[str, float]:
     """Pre-train the seed model and publish it at `output` as a Hugging Face directory (fp32).
@@ -76,7 +75,7 @@ def build(
     (mean of the last 50 steps, nats per token), tokens seen, parameters and seconds. Raises `FileExistsError` when
     `output` exists.
     """
-    if output.exists():
+    if is_published(output):
         raise FileExistsError(f"{output} exists: remove it, or choose another place for the seed model")
     began = time.monotonic()
     with helpers(config.workers - 1, partial(_trained, config, seed)) as share:
@@ -138,10 +137,10 @@ def _new_model(config: ToyConfig, tokenizer: PreTrainedTokenizerBase) -> Qwen2Fo
     return model
 
 
-def _publish(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, output: Path) -> None:
+def _publish(model: Qwen2ForCausalLM, tokenizer: PreTrainedTokenizerBase, output: Place) -> None:
     """A Hugging Face directory that is there whole or not at all."""
-    output.parent.mkdir(parents=True, exist_ok=True)
-    aside = aside_of(output)
+    aside = aside_of(workshop(output))
+    aside.parent.mkdir(parents=True, exist_ok=True)
     logging.disable_progress_bar()  # it would write over the caller's own line
     try:
         with storage_errors(output):

@@ -45,6 +45,7 @@ GOOD = Facts(
     memory_free=60 * GIB,
     shm_total=16 * GIB,
     disk_free=500 * GIB,
+    disk_at="/shared/runs/x",
     gpus=H200,
     torch=Torch("12.8", 2),
     sandbox=Sandbox("namespaces+landlock6+seccomp+limits"),
@@ -56,7 +57,7 @@ def of(found: list[Check], status: Status) -> list[Check]:
 
 
 def node_checks(facts: Facts, promised: float = 2.0) -> list[Check]:
-    return checks.of_node(facts, "/shared/runs/x", 100 * GIB, promised, utilization=0.9)
+    return checks.of_node(facts, 100 * GIB, promised, utilization=0.9)
 
 
 def test_good_nodes_pass_every_check():

@@ -15,6 +15,7 @@ from evolve.attach import LiveNode, attached
 from evolve.doctor import nodes
 from evolve.doctor.__main__ import main
 from evolve.doctor.checks import Status
+from tests.object_store.use import objects_at
 
 ROOT = Path(__file__).parents[2]
 NODE_CHECKS = {"memory", "/dev/shm", "disk", "GPU", "sandbox"}
@@ -93,6 +94,18 @@ def test_a_node_that_is_gone_is_lost_and_the_others_still_answer(ray_cluster):
     assert list(answers) == [alive.id]
     assert "refused" in answers[alive.id]
     assert [(check.where, check.status) for check in probes.lost] == [("gone", Status.FAIL)]
+
+
+def test_an_object_store_is_tried_out_and_a_silent_one_needs_credentials(tmp_path, monkeypatch):
+    run = objects_at(tmp_path / "bucket", monkeypatch) / "x"
+    (check,) = nodes.same_directory(None, run)
+    assert (check.status, check.what) == (Status.OK, str(run))
+    assert not run.exists()
+    monkeypatch.setenv("OBJECTS_FAIL", "*")
+    (check,) = nodes.same_directory(None, run)
+    assert check.status is Status.FAIL
+    assert "the store takes nothing" in check.what
+    assert "credentials" in check.fix
 
 
 @pytest.mark.parametrize("writable", [True, False])

@@ -12,11 +12,11 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from evolve.learn import rows
+from evolve.learn.data import gather_rows, load_data
 from evolve.learn.forest import Pairs, build_trie, trie_size
 from evolve.learn.jobs import TrainJob
 from evolve.learn.packing import lay_out
 from evolve.learn.split import held_out
-from evolve.learn.worker import load_data
 from evolve.schema import PPMConfig, ScoreForm
 from evolve.types import StepPair
 
@@ -170,14 +170,38 @@ def test_items_respect_the_budget_and_the_batch(step_pairs: Callable[..., list[S
     assert data.weights.sum() == pytest.approx(20.0)
 
 
+def test_pairs_are_grouped_by_node_and_tree_in_the_order_of_their_keys(
+    step_pairs: Callable[..., list[StepPair]],
+) -> None:
+    some = step_pairs(6, nodes=3)
+    some = [*some, replace(some[0], tree=1), replace(some[0], kind="trajectory"), replace(some[4], round=2)]
+    places = np.random.default_rng(0).permutation(len(some)).tolist()
+    data = packed([some[i] for i in places], break_even=1e-9)  # nothing is merged: an item a node
+    keys = [(some[i].problem_id, some[i].round, some[i].tree, some[i].kind, some[i].node) for i in places]
+    found = [[keys[pair] for pair in item] for item in data._items]
+    assert all(len(set(item)) == 1 for item in found)
+    assert [item[0] for item in found] == sorted(set(keys))
+    assert data.weights == pytest.approx(np.ones(len(found)))
+
+
+def test_no_pairs_make_no_items() -> None:
+    data = Pairs(rows.to_table([], StepPair), max_length=512, break_even=1e9, budget=512, batch=8)
+    assert (data.pairs, len(data.lengths), data.overlong, data.unsupervised) == (0, 0, 0, 0)
+
+
 def test_no_problem_is_on_both_sides_of_the_split(tmp_path: Path, step_pairs: Callable[..., list[StepPair]]) -> None:
     some = step_pairs(40)
     rows.write(rows.to_table(some), tmp_path / "pairs.parquet")
     config = PPMConfig(validation_share=0.3)
-    job = TrainJob(config, "", (str(tmp_path / "pairs.parquet"),), "")
+    job = TrainJob(config, "", (str(tmp_path / "pairs.parquet"),), str(tmp_path / "checkpoint"))
+    gather_rows(job)
     train, validation = load_data(job, 64)
     assert validation is not None
     held = {p.problem_id for p in some if held_out(p.problem_id, 0.3)}
     assert 0 < len(held) < 40
     assert validation.pairs == sum(p.problem_id in held for p in some)
     assert train.sizes.sum() == len(some) - validation.pairs
+    none_held = replace(job, config=replace(config, validation_share=0.0))
+    gather_rows(none_held)
+    train, validation = load_data(none_held, 64)
+    assert (train.sizes.sum(), validation.pairs) == (len(some), 0)

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 
 from evolve.schema import Generator, ValueKind
-from evolve.search.board import MAX_ATTEMPTS, Board, summarise
+from evolve.search.board import MAX_ATTEMPTS, Board, Summaries, statistics
 from evolve.search.budget import EscalatingBudget, Standing, TreeSummary, TreeTask, difficulty_class, fair_share
 from evolve.search.shard import summary_of
 from evolve.store.trees import Part, TreeKey, to_batch, write_part
@@ -134,7 +134,9 @@ def test_a_fair_share_by_hand(room: int, own: int, waiting: int, in_flight: int,
 
 
 def test_the_longest_expected_trees_go_first_and_the_harder_where_nothing_is_known(tmp_path: Path) -> None:
-    known = board(tmp_path, plan(), earlier={"p0": 10.0, "p1": 40.0, "p2": 90.0, "p3": 20.0})
+    before = {"p0": 160, "p1": 640, "p2": 1440, "p3": 320, "gone": 9999}
+    earlier = [(replace(summary(problem, 0), sampled_tokens=tokens), "") for problem, tokens in before.items()]
+    known = board(tmp_path, plan(), earlier=earlier)
     assert [problem for problem, _ in keys(known.take("s", 4))] == ["p2", "p1", "p3", "p0"]
     unknown = board(tmp_path, plan())
     assert [problem for problem, _ in keys(unknown.take("s", 4))] == ["p1", "p3", "p0", "p2"]
@@ -206,7 +208,7 @@ def small_tree(problem: str) -> Tree:
 
 def test_summaries_of_a_continued_round_are_those_of_its_part_files(tmp_path: Path) -> None:
     write_part(tmp_path, "part-a.parquet", [to_batch(small_tree("p0")), to_batch(small_tree("p1"))])
-    found = list(summarise(tmp_path, ["part-a.parquet"]))
+    found = list(Summaries(tmp_path, ("part-a.parquet",)))
     assert [part for _, part in found] == ["part-a.parquet"] * 2
     assert sorted((s for s, _ in found), key=lambda s: s.problem_id) == [
         summary_of(small_tree("p0")),
@@ -214,11 +216,31 @@ def test_summaries_of_a_continued_round_are_those_of_its_part_files(tmp_path: Pa
     ]
 
 
-def test_q_values_of_a_durable_tree_are_read_from_its_part(tmp_path: Path) -> None:
+def test_statistics_of_a_problem_come_from_part_files_and_batches_alike(tmp_path: Path) -> None:
     write_part(tmp_path, "part-a.parquet", [to_batch(small_tree("p0")), to_batch(small_tree("p1"))])
-    some = Board(EscalatingBudget(plan()), PROBLEMS, summarise(tmp_path, ["part-a.parquet"]), tmp_path)
-    table = some.q_values("p1")
-    assert table.column("q").to_pylist() == [1.0, 1.0, 1.0]
-    assert table.column("visits").to_pylist() == [2, 2, 2]
-    with pytest.raises(KeyError, match="p3"):
-        some.q_values("p3")
+    some = Board(EscalatingBudget(plan()), PROBLEMS, Summaries(tmp_path, ("part-a.parquet",)), tmp_path)
+    found = some.sources("p1")
+    assert (found.batches, found.parts) == ((), (tmp_path / "part-a.parquet",))
+    second = replace(small_tree("p1"), number=1)
+    table = statistics("p1", found.parts, to_batch(second))
+    assert table.column("tree").to_pylist() == [0, 0, 0, 1, 1, 1]
+    assert table.column("q").to_pylist() == [1.0] * 6
+    assert table.column("visits").to_pylist() == [2] * 6
+
+
+def test_the_batch_of_a_tree_leaves_the_object_store_once_the_tree_is_durable(tmp_path: Path) -> None:
+    some = board(tmp_path, plan(retry_trees=0))
+    some.take("s", 8)
+    some.publish("s", [(summary("p0", 0, correct=1), ["the batch"])])
+    assert some.sources("p0").batches == ("the batch",)
+    assert some.sources("p1").batches == ()
+    some.durable(Part("part-a.parquet", "", (TreeKey("p0", 0),)))
+    assert (some.sources("p0").batches, some.sources("p0").parts) == ((), (tmp_path / "part-a.parquet",))
+
+
+def test_trees_given_back_count_as_nobodys_when_the_rest_is_shared_out(tmp_path: Path) -> None:
+    some = board(tmp_path, plan(retry_trees=0), shards=2)
+    assert len(some.take("a", 2) or []) == 2
+    some.give_back("a")
+    assert len(some.take("a", 64) or []) == 2
+    assert len(some.take("b", 64) or []) == 2

@@ -1,5 +1,6 @@
 """rStar-Math's own step format through search and sampling: code, its real output, and a boxed answer."""
 
+import asyncio
 import re
 from collections.abc import AsyncIterator, Sequence
 
@@ -12,7 +13,7 @@ from evolve.search.mcts import MCTS
 from evolve.search.sample import Sampler
 from evolve.search.uct import UCT
 from evolve.tree import Tree
-from evolve.types import Candidate, NodeKind, Outcome, Problem, Sampling, Status
+from evolve.types import Candidate, NodeKind, Outcome, Problem, Sampling, Status, Verdict
 from evolve.verify.service import SandboxVerifier
 
 FORMAT = CodeFormat()
@@ -82,3 +83,28 @@ async def test_a_sampled_solution_sees_its_output_before_it_answers(verifier: Sa
     assert [solution.answer for solution in solutions[:2]] == ["32", "18"]
     assert [solution.outcome for solution in solutions[:2]] == [Outcome.CORRECT, Outcome.WRONG]
     assert solutions[2].answer is None, "its code does not run"
+
+
+async def test_equal_solutions_are_executed_once_and_different_ones_at_the_same_time() -> None:
+    class Counting:
+        """Answers once both different programs were asked for."""
+
+        def __init__(self) -> None:
+            self.asked: list[str] = []
+            self.both = asyncio.Event()
+
+        async def check(self, problem: Problem, parent: tuple[str, ...], step: str) -> Verdict:
+            self.asked.append(step)
+            if len(self.asked) == 3:
+                self.both.set()
+            await asyncio.wait_for(self.both.wait(), 10)
+            return Verdict(Status.OK, stdout="32")
+
+        async def grade(self, problem: Problem, answer: str) -> Outcome:
+            return Outcome.CORRECT
+
+    policy, counting = Scripted(), Counting()
+    [prompt] = await policy.encode([FORMAT.prompt(PROBLEM.question)])
+    solutions = await Sampler(policy, counting, FORMAT, Sampling(1.0, 1.0, 256)).solve(PROBLEM, prompt, 6, seed=0)
+    assert len(counting.asked) == len(set(counting.asked)) == 3
+    assert [solution.outcome for solution in solutions] == [Outcome.CORRECT] * 6

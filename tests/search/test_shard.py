@@ -1,22 +1,26 @@
 """A shard and its board as Ray actors, with doubles for the engine and the verifier."""
 
 import asyncio
+import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
 from evolve.schema import Generator, ValueKind
-from evolve.search.board import Board
+from evolve.search import shard
+from evolve.search.board import Board, q_values
 from evolve.search.budget import EscalatingBudget
 from evolve.search.seeds import derive
-from evolve.search.shard import SearchJob, Shard
+from evolve.search.shard import SearchJob, Shard, summary_of
+from evolve.search.uct import UCT
 from evolve.service import ServiceHost
-from evolve.store.trees import read_part
+from evolve.store.trees import read_part, to_batch, write_part
 from evolve.tree import Tree
-from evolve.types import Candidate, Outcome, Problem, RoundPlan, Sampling, Status, Verdict
+from evolve.types import Candidate, NodeKind, Outcome, Problem, RoundPlan, Sampling, Status, Verdict
 
 pytestmark = pytest.mark.usefixtures("ray_cluster")
 
@@ -109,3 +113,62 @@ def test_the_trees_do_not_depend_on_how_many_shards_grew_them(tmp_path: Path) ->
     problems = [Problem(f"p{i:02}", f"question {i}", ("3",)) for i in range(12)]
     (one, _), (two, _) = grow(tmp_path / "one", problems), grow(tmp_path / "two", problems, shards=2)
     assert [(t.problem_id, t.text, t.visits) for t in one] == [(t.problem_id, t.text, t.visits) for t in two]
+
+
+def test_q_values_of_a_problem_are_had_while_the_round_runs_and_after_its_tree_is_durable(tmp_path: Path) -> None:
+    import ray
+
+    tree = Tree("p0", 1, 0, 9, (5, 6))
+    tree.add(0, NodeKind.TERMINAL, "# b", "print(3)", (8,), (-0.25,), answer="3", correct=True)
+    UCT(rollouts=1).backup(tree, 1, 1.0)
+    budget = EscalatingBudget(RoundPlan(1, Generator.previous, ValueKind.terminal, 6, 4, 2.0, 1, 0, ()))
+    problems = [Problem("p0", "?", ("3",)), Problem("p1", "?", ("3",))]
+    board = ray.remote(Board).options(num_cpus=0).remote(budget, problems, (), tmp_path)
+    assert len(ray.get(board.take.remote("s", 8))) == 2
+    reference = ray.put(to_batch(tree))
+    ray.get(board.publish.remote("s", [(summary_of(tree), [reference])]))
+    live = q_values(board, "p0")
+    assert live.select(["node", "visits", "q", "correct"]).to_pylist() == [
+        {"node": 0, "visits": 1, "q": 1.0, "correct": None},
+        {"node": 1, "visits": 1, "q": 1.0, "correct": True},
+    ]
+    ray.get(board.durable.remote(write_part(tmp_path, "part-s-0.parquet", [to_batch(tree)])))
+    assert ray.get(board.sources.remote("p0")).batches == ()
+    assert q_values(board, "p0").equals(live)
+    with pytest.raises(KeyError, match="p1"):
+        q_values(board, "p1")
+    ray.kill(board)
+
+
+def test_what_is_finished_while_the_last_part_is_written_is_made_durable_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    announced: list[Any] = []
+    go_on, first = threading.Event(), True
+
+    def write(directory: Path, name: str, trees: Sequence[Any]) -> Any:
+        nonlocal first
+        if first:
+            first = False
+            assert go_on.wait(30)
+        return trees
+
+    async def durable(part: Any) -> None:
+        announced.extend(part)
+
+    async def run() -> None:
+        board = SimpleNamespace(durable=SimpleNamespace(remote=durable))
+        round_ = shard._Round("s", SimpleNamespace(trees=tmp_path), board, None)
+        round_.finished.append(("one", None))
+        round_.flush.set()
+        writing = asyncio.create_task(round_._write_parts())
+        while round_.finished:  # noqa: ASYNC110 (nothing tells that it was taken)
+            await asyncio.sleep(0.001)
+        round_.finished.append(("two", None))
+        round_.close()
+        go_on.set()
+        await asyncio.wait_for(writing, 30)
+
+    monkeypatch.setattr(shard, "write_part", write)
+    asyncio.run(run())
+    assert announced == ["one", "two"]

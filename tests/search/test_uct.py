@@ -64,6 +64,26 @@ def test_a_rollout_in_flight_makes_its_path_less_attractive() -> None:
     assert rule.select_score(tree, 1, pending=1) < rule.select_score(tree, 2)
 
 
+def test_virtual_loss_of_a_worked_example() -> None:
+    tree, rule = tree_with_children(2), UCT(rollouts=10, exploration=2.0)
+    for child in (1, 2, 2):
+        rule.backup(tree, child, 1.0)
+    # Two rollouts are below child 1, one below child 2, and this one has just come to the root.
+    # Child 1: W = 1 - 2, N = 3; child 2: W = 2 - 1, N = 3; the parent has 3 visits and 3 others in flight.
+    bonus = 2 * math.sqrt(math.log(6) / 3)
+    assert rule.select_score(tree, 1, 2, 3) == pytest.approx(-1 / 3 + bonus)
+    assert rule.select_score(tree, 2, 1, 3) == pytest.approx(1 / 3 + bonus)
+    assert choose(rule, tree, [1, 2], {0: 4, 1: 2, 2: 1}, Random(0)) == 2
+    assert choose(rule, tree, [1, 2], {0: 1}, Random(0)) == 1, "alone, the one with fewer visits"
+
+
+def test_rollouts_in_flight_below_one_child_make_the_other_worth_exploring() -> None:
+    tree, rule = tree_with_children(2), UCT(rollouts=10)
+    rule.backup(tree, 1, 1.0)
+    rule.backup(tree, 2, 1.0)
+    assert rule.select_score(tree, 2, 0, 3) > rule.select_score(tree, 2, 0, 0)
+
+
 def test_an_augmented_node_starts_at_the_ppm_score_and_counts_it_as_one_visit() -> None:
     tree, rule = tree_with_children(1), UCT(rollouts=10, augmented=True)
     tree.prior[1], tree.prior_weight = rule.initial_value(0.5)

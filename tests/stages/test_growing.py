@@ -11,7 +11,7 @@ import pytest
 
 from evolve.fleet import Checkpoint, Engines, Fleet
 from evolve.schema import ClusterConfig, EvolveConfig, Generator, ValueKind, VerifierConfig
-from evolve.search.board import Board, summarise
+from evolve.search.board import Board, Summaries
 from evolve.search.budget import EscalatingBudget
 from evolve.search.shard import SearchJob
 from evolve.stages.growing import Growing
@@ -49,7 +49,7 @@ def grow(fleet: Fleet, trees: Path, disturb: Callable[[Growing], None] | None = 
     )  # fmt: skip
 
     def board() -> Any:
-        finished = list(summarise(trees, sorted(path.name for path in trees.glob("part-*.parquet"))))
+        finished = Summaries(trees, tuple(sorted(path.name for path in trees.glob("part-*.parquet"))))
         return ray.remote(Board).options(num_cpus=0).remote(EscalatingBudget(PLAN), PROBLEMS, finished, trees, 2)
 
     growing = Growing(fleet, job, board)

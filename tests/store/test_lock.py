@@ -23,7 +23,7 @@ def run(tmp_path: Path) -> RunDirectory:
 def lock_file(run: RunDirectory, age_s: float = 0.0, **changes: object) -> Path:
     """A lock as another driver left it."""
     path = run.path / "lock.json"
-    path.write_text(json.dumps({**module._me(), "token": "theirs", **changes}))
+    path.write_text(json.dumps({**module.me(), "token": "theirs", **changes}))
     os.utime(path, (time.time() - age_s,) * 2)
     return path
 

@@ -13,6 +13,7 @@ from evolve.files import (
     publish_directory,
     publish_file,
     publish_json,
+    publish_rows,
     remove_asides,
     storage_errors,
 )
@@ -32,6 +33,13 @@ def test_a_file_that_could_not_be_written_leaves_the_old_one(tmp_path: Path) -> 
         publish_file(path, fail)
     assert json.loads(path.read_text()) == {"a": 1}
     assert list(tmp_path.iterdir()) == [path]
+
+
+@pytest.mark.parametrize("rows", [[], [{"a": 1}], [{"a": 1, "b": [None, "é"]}, {"a": 2}]])
+def test_rows_are_published_as_a_list_one_a_line(tmp_path: Path, rows: list) -> None:
+    publish_rows(tmp_path / "rows.json", iter(rows))
+    assert json.loads((tmp_path / "rows.json").read_text()) == rows
+    assert len((tmp_path / "rows.json").read_text().splitlines()) == (len(rows) + 2 if rows else 1)
 
 
 def test_a_directory_appears_under_its_name_only_when_it_is_whole(tmp_path: Path) -> None:
