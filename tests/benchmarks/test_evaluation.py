@@ -21,12 +21,11 @@ class PretendedEvaluator:
     """Solves every second problem, whatever it is."""
 
     def evaluate(self, problems, job):
-        self.count = len(problems)
         samples = [Sample(correct=False, group=0, tokens=5, logprob=-1.0)] * job.samples
         return [asdict(Record(p.id, 1, bool(i % 2), 7, samples)) for i, p in enumerate(problems)]
 
-    def done(self):
-        return self.count
+    def finished(self, heard):
+        return []
 
 
 class PretendedFleet:
