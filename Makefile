@@ -1,5 +1,5 @@
 # make quickstart   set up, then let the tiny world teach itself (conf/quickstart.yaml)
-# make test         set up, then run the tests; TESTS="tests/search -k uct" runs some of them
+# make test         set up, then run the tests, two files at a time; TESTS="tests/search -k uct" runs some of them
 # make setup        a virtual environment in .venv with the cpu extra (EXTRA=gpu: the gpu extra)
 # make clean        remove .venv and caches; runs/ stays
 
@@ -24,7 +24,7 @@ quickstart: setup
 	$(VENV)/bin/python -m evolve.driver conf=quickstart
 
 test: setup
-	$(VENV)/bin/python -m pytest $(TESTS)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(TESTS)
 
 setup: system $(READY)
 

@@ -1,4 +1,4 @@
-"""Fixtures shared by all tests: one local Ray cluster a session."""
+"""Fixtures shared by all tests: one local Ray cluster a session, which under `pytest -n` each of its processes has."""
 
 from collections.abc import Iterator
 

@@ -113,7 +113,7 @@ def dry(target: str) -> str:
 
 def test_the_two_commands_are_thin():
     assert dry("quickstart").rstrip().endswith(".venv/bin/python -m evolve.driver conf=quickstart")
-    assert dry("test").rstrip().endswith(".venv/bin/python -m pytest")
+    assert dry("test").rstrip().endswith(".venv/bin/python -m pytest -n 2 --dist loadfile")
 
 
 @pytest.fixture
