@@ -23,7 +23,7 @@ from evolve.store.parts import mended_parts
 from evolve.store.trees import Part
 
 PROGRESS_S = 0.5
-STATS_S = 5.0
+STATS_S = 2.0
 SETTLE_S = 20.0
 """For shards that were told to stop to make their finished trees durable."""
 BOARD = "board"

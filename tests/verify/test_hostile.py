@@ -25,9 +25,8 @@ REPOSITORY = Path(__file__).parents[2]
 HOSTILE = Path(__file__).parent / "hostile.json"
 
 
-@pytest.mark.parametrize("concurrency", [1, 32])
-async def test_hostile_snippets_get_nowhere(concurrency: int, capsys: pytest.CaptureFixture[str]) -> None:
-    failed = await selftest.self_test(load(HOSTILE), concurrency)
+async def test_hostile_snippets_get_nowhere_one_at_a_time(capsys: pytest.CaptureFixture[str]) -> None:
+    failed = await selftest.self_test(load(HOSTILE), 1)
     assert failed == 0, capsys.readouterr().out
 
 
@@ -106,11 +105,11 @@ exec setpriv --reuid 1000 --regid 1000 --clear-groups env HOME=/ PYTHONDONTWRITE
 """
 
 
-async def test_hostile_snippets_get_nowhere_as_an_ordinary_user(tmp_path: Path) -> None:
-    if os.geteuid() != 0:
-        pytest.skip("the other tests ran as an ordinary user already")
+async def test_hostile_snippets_get_nowhere_32_at_a_time_as_an_ordinary_user(tmp_path: Path) -> None:
     base = str(Path(sys.base_prefix).resolve())
-    if Path("/root") not in Path(base).parents:
+    if os.geteuid() != 0:
+        prefix = []
+    elif Path("/root") not in Path(base).parents:
         prefix = ["setpriv", "--reuid", "1000", "--regid", "1000", "--clear-groups", "env", "HOME=/"]
     else:
         prefix = ["unshare", "-m", "sh", "-c", AS_USER, "sh", str(tmp_path), base, str(REPOSITORY)]
