@@ -13,12 +13,18 @@ from evolve.stages.run import _SIGNALS, _stop
 
 for number in _SIGNALS:
     signal.signal(number, _stop)
+
+def wait():
+    # Not in one sleep: a signal that comes just before it would be looked at after it.
+    for _ in range(2400):
+        time.sleep(0.05)
+
 try:
     print("working", flush=True)
-    time.sleep(120)
+    wait()
 except KeyboardInterrupt:
     print("ending", flush=True)
-    time.sleep(120)
+    wait()
 """
 
 
