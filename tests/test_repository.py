@@ -22,7 +22,9 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 DIFFER_BY_EXTRA = {"torch", "triton", "apache-tvm-ffi"}
 """Packages of which the CPU and the GPU build of vLLM ask for different versions."""
 
-ENVIRONMENT = {k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES")}
+ENVIRONMENT = {
+    k: v for k, v in os.environ.items() if k not in ("MAKEFLAGS", "MAKELEVEL", "MFLAGS", "MAKEOVERRIDES", "TESTS")
+}
 """Without what `make test` leaves for the makes below it."""
 
 FAKE_PYTHON = """#!/usr/bin/env bash

@@ -40,6 +40,9 @@ ATTEMPTS = 3
 PROBE = "\\sqrt{2} + x"
 """A formula that any answer can be compared with: an answer that hangs against it hangs by itself."""
 
+GRADE_WALL_S = 60.0
+"""Least wall time of a grade. It computes and never sleeps, so that wall time says only how busy the machine is."""
+
 CACHED = 1 << 16
 """Verdicts and output digests remembered."""
 
@@ -367,16 +370,9 @@ class SandboxVerifier:
     async def _compare(self, problem_id: str, verb: str, data: list[Any]) -> list[int] | Outcome:
         """Have a killable child compare `data`; its integers, or what went wrong."""
         limit = self.config.grade_timeout_s
+        times = {"cpu": limit, "wall": max(GRADE_WALL_S, 4 * limit)}
         response = await self._request(
-            problem_id,
-            {
-                "o": verb,
-                "k": "grade",
-                "c": [json.dumps(data)],
-                "h": [""],
-                "cpu": limit,
-                "wall": 4 * limit,
-            },
+            problem_id, {"o": verb, "k": "grade", "c": [json.dumps(data)], "h": [""], **times}
         )
         if response["s"] == "ok":
             return [int(value) for value in response["g"]]
