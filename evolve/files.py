@@ -8,17 +8,16 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import hashlib
 import json
 import math
 import os
 import re
 import shutil
-import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from evolve.disk import aside_of, remove_directory, settle_directory, settle_file, sha256
 from evolve.errors import StorageError
 from evolve.remote import RemotePath, identity, is_uri, working
 
@@ -38,11 +37,6 @@ def place(text: str | Place) -> Place:
     return RemotePath(text.rstrip("/")) if is_uri(text) else Path(text.removeprefix("file://"))
 
 
-def aside_of(path: Path) -> Path:
-    """A name beside `path` for what is being written; `remove_asides` knows it again."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
-
-
 def publish_file(path: Place, write: Callable[[Path], object]) -> None:
     """Call `write` on a name aside of `path`, then move the result into place durably.
 
@@ -52,16 +46,8 @@ def publish_file(path: Place, write: Callable[[Path], object]) -> None:
     if isinstance(path, RemotePath):
         _upload(path, write)
         return
-    aside = aside_of(path)
     with storage_errors(path):
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            write(aside)
-            sync(aside)
-            aside.replace(path)
-            sync(path.parent)
-        finally:
-            aside.unlink(missing_ok=True)
+        settle_file(path, write)
 
 
 def _upload(path: RemotePath, write: Callable[[Path], object]) -> None:
@@ -107,10 +93,7 @@ def publish_directory(aside: Path, path: Place) -> None:
         path.adopt(aside, files)
         return
     with storage_errors(path):
-        for entry in [*aside.rglob("*"), aside]:
-            sync(entry)
-        aside.rename(path)
-        sync(path.parent)
+        settle_directory(aside, path)
 
 
 def put_share(aside: Path, names: Sequence[str], path: Place) -> dict[str, tuple[int, str]]:
@@ -175,8 +158,7 @@ def remove_tree(path: Place) -> None:
     if isinstance(path, RemotePath):
         path.remove_tree()
         path = working(path)
-    if path.exists():
-        shutil.rmtree(path)
+    remove_directory(path)
 
 
 def entries(directory: Place, pattern: str) -> list[Place]:
@@ -258,12 +240,12 @@ def storage_errors(path: Place) -> Iterator[None]:
     Libraries that write files in their own way (safetensors, torch) fail with exceptions of their own, of which none
     is for a full disk alone: with one of them, a file system that has no room left is taken for the reason.
     """
-    local = workshop(path)
     try:
         yield
     except StorageError:
         raise
     except Exception as error:
+        local = workshop(path)
         number = error.errno if isinstance(error, OSError) else None
         if number in _SPACE or (number is None and _room(local) < _FULL_BYTES):
             reason = os.strerror(number or errno.ENOSPC)
@@ -294,14 +276,4 @@ def file_digest(path: Place) -> str:
     """SHA-256 of a file's bytes, as 64 hexadecimal digits."""
     if isinstance(path, RemotePath):
         return path.sha256()
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def sync(path: Path) -> None:
-    """Flush a file or a directory's entries to the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return sha256(path)

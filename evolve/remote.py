@@ -22,12 +22,12 @@ import json
 import os
 import re
 import shutil
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Any
 
+from evolve.disk import aside_of, remove_directory, settle_directory, settle_file, sha256
 from evolve.errors import StorageError
 
 INDEX = "published.json"
@@ -179,13 +179,7 @@ class RemotePath:
             target = cache_root() / "files" / version
             with _alone(target):
                 if not target.exists():
-                    aside = target.with_name(f".{version}.{uuid.uuid4().hex[:8]}")
-                    try:
-                        fs.get_file(path, str(aside))
-                        _sync(aside)
-                        aside.replace(target)
-                    finally:
-                        aside.unlink(missing_ok=True)
+                    settle_file(target, lambda aside: fs.get_file(path, str(aside)))
         return target
 
     # ------------------------------------------------------------------ changing
@@ -208,8 +202,7 @@ class RemotePath:
         """Put a file's content as this object."""
         with self._asking(putting=True) as (fs, path):
             fs.put_file(str(local), path)
-            with local.open("rb") as file:
-                _digests[self.uri] = (str(fs.ukey(path)), hashlib.file_digest(file, "sha256").hexdigest())
+            _digests[self.uri] = (str(fs.ukey(path)), sha256(local))
 
     def unlink(self, missing_ok: bool = False) -> None:
         """Remove an object.
@@ -289,7 +282,7 @@ class RemotePath:
         with _alone(target):
             if all((target / name).is_file() and (target / name).stat().st_size == files[name][0] for name in files):
                 return target
-            aside = target.with_name(f".{target.name}.{uuid.uuid4().hex[:8]}")
+            aside = aside_of(target)
             try:
                 for name in files:
                     (aside / name).parent.mkdir(parents=True, exist_ok=True)
@@ -358,8 +351,7 @@ def _index(files: Mapping[str, tuple[int, str]]) -> bytes:
 
 def identity(file: Path) -> tuple[int, str]:
     """Size and SHA-256 of a file."""
-    with file.open("rb") as content:
-        return file.stat().st_size, hashlib.file_digest(content, "sha256").hexdigest()
+    return file.stat().st_size, sha256(file)
 
 
 def _copy_of(files: Mapping[str, tuple[int, str]]) -> Path:
@@ -377,16 +369,5 @@ def _alone(target: Path) -> Iterator[None]:
 
 def _settle(aside: Path, target: Path) -> None:
     """Make a whole directory this node's copy, durably, in place of one that is not whole."""
-    for entry in [*aside.rglob("*"), aside]:
-        _sync(entry)
-    if target.exists():
-        shutil.rmtree(target)
-    aside.rename(target)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    remove_directory(target)
+    settle_directory(aside, target)

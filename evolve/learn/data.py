@@ -6,9 +6,7 @@ cached of those is shared by all processes of a node.
 
 from __future__ import annotations
 
-import hashlib
-
-from evolve.files import Place, file_digest, place
+from evolve.files import Place
 from evolve.learn import rows
 from evolve.learn.forest import Pairs
 from evolve.learn.jobs import TrainJob
@@ -25,13 +23,11 @@ hidden size 128 on a CPU (65 µs a token at length 128, 150 µs at 1024)."""
 
 
 def gather_rows(job: TrainJob) -> None:
-    """Make the files that `load_data` reads from the job's rows, unless they are there.
+    """Make the files that `load_data` reads from the job's rows; those of an earlier attempt are replaced.
 
     A PPM's pairs go to two: those of problems that training never sees apart.
     """
     config, paths = job.config, rows_files(job)
-    if all(path.exists() for path in paths):
-        return
     if not isinstance(config, PPMConfig):
         rows.gather(job.rows, paths[0], Trajectory)
         return
@@ -41,10 +37,9 @@ def gather_rows(job: TrainJob) -> None:
 
 
 def rows_files(job: TrainJob) -> list[Place]:
-    """Training rows and, for a PPM, validation rows, in the job's working directory; named after what they are from."""
-    share = job.config.validation_share if isinstance(job.config, PPMConfig) else None
-    known = hashlib.sha256(repr([share, *(file_digest(place(path)) for path in job.rows)]).encode()).hexdigest()[:12]
-    return [job.partial / f"{kind}-{known}.arrow" for kind in ("training", "validation")[: 1 if share is None else 2]]
+    """Training rows and, for a PPM, validation rows, in the job's working directory."""
+    kinds = ("training", "validation") if isinstance(job.config, PPMConfig) else ("training",)
+    return [job.partial / f"{kind}.arrow" for kind in kinds]
 
 
 def load_data(job: TrainJob, hidden_size: int) -> tuple[Data, Pairs | None]:

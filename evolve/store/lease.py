@@ -7,7 +7,7 @@ released; it stays, so that numbers only grow. A stale one is not touched but ou
 
 What that guarantees: S3, Google Cloud Storage and Azure put on condition, so no two drivers ever take the same number.
 A store that cannot (fsspec then looks first and puts after) lets two in only when both put at the same moment, and the
-one whose lock is not there `SETTLE_S` later is refused. A driver that was cut off for longer than `STALE_S` while
+one whose lock is not there `SETTLE_S` later is refused. A driver that was cut off for longer than `lock.STALE_S` while
 another took its run over finds out at its next heartbeat, not before: what it puts until then can still arrive.
 """
 
@@ -15,74 +15,55 @@ from __future__ import annotations
 
 import contextlib
 import json
-import threading
 import time
-import uuid
 from collections.abc import Callable
 from typing import Any
 
 from evolve.errors import StorageError
 from evolve.remote import RemotePath
 from evolve.store import lock
-from evolve.store.lock import BEAT_S, STALE_S, Lock, stop_this_process
+from evolve.store.lock import DriverLock, Lock, stop_this_process
 from evolve.store.run import RunDirectory, RunError
 
 SETTLE_S = 1.0
 PATTERN = "lock-*.json"
 
 
-def driver_lock(run: RunDirectory) -> Lock | Lease:
+def driver_lock(run: RunDirectory) -> DriverLock:
     """The lock of a run directory, wherever that is."""
     return Lease(run.path) if isinstance(run.path, RemotePath) else Lock(run)
 
 
-class Lease:
-    """The lock of one driver on a run in an object store; used like `Lock`."""
+class Lease(DriverLock):
+    """The lock of one driver on a run in an object store."""
 
     def __init__(self, run: RemotePath, on_lost: Callable[[str], None] = stop_this_process) -> None:
-        self._run, self._on_lost = run, on_lost
-        self._token = uuid.uuid4().hex
+        super().__init__(run, on_lost)
+        self._run = run
         self._mine: RemotePath | None = None
         self._content: dict[str, Any] = {}
-        self._released = threading.Event()
-        self._beating: threading.Thread | None = None
 
-    def acquire(self) -> None:
-        """Take the run and keep it.
-
-        Raises:
-            RunError: another driver has it.
-            StorageError: the store does not answer, or may not be written to.
-        """
+    def _take(self) -> None:
         newest = self._newest()
         if newest is not None:
             self._refuse_unless_stale(newest)
         number = _number(newest) + 1 if newest is not None else 1
-        self._mine = self._run / f"lock-{number:08}.json"
+        self._place = self._mine = self._run / f"lock-{number:08}.json"
         self._content = {**lock.me(), "token": self._token}
         created = self._mine.create(json.dumps(self._content).encode())
         if created:
             time.sleep(SETTLE_S)
         if not created or self._holder(self._mine).get("token") != self._token:
-            raise RunError(f"cannot take {self._mine}: another driver took it at the same moment. Try again.")
+            raise RunError(lock.busy(self._mine))
         for old in self._run.glob(PATTERN):
             if _number(old) < number:
                 old.unlink(missing_ok=True)
-        self._beating = threading.Thread(target=self._beat, name="lease", daemon=True)
-        self._beating.start()
 
-    def release(self) -> None:
-        """Give the run back. May be called twice."""
-        self._released.set()
-        if self._beating is None or self._mine is None:
-            return
-        self._beating.join()
-        self._beating = None
+    def _give_back(self) -> None:
+        assert self._mine is not None
         with contextlib.suppress(StorageError):  # it is stale soon enough then
             if self._newest() == self._mine:
                 self._mine.put(json.dumps({**self._content, "released": True}).encode())
-
-    # ------------------------------------------------------------------ inside
 
     def _newest(self) -> RemotePath | None:
         return max(self._run.glob(PATTERN), key=_number, default=None)
@@ -107,24 +88,15 @@ class Lease:
             return
         finally:
             probe.unlink(missing_ok=True)
-        if not (lock.gone(holder) if lock.same_machine(holder) else age > STALE_S):
-            raise RunError(lock.refusal(self._run, holder, age))
+        lock.refuse_unless_stale(self._run, holder, age)
 
-    def _beat(self) -> None:
+    def _touch(self) -> dict[str, Any] | None:
         assert self._mine is not None
-        while not self._released.wait(BEAT_S):
-            try:
-                newest = self._newest()
-                if newest == self._mine:
-                    self._mine.put(json.dumps(self._content).encode())
-                    continue
-                holder = self._holder(newest) if newest is not None else {}
-            except StorageError:  # a store that is away for a moment; STALE_S is what it may take
-                continue
-            if not self._released.is_set():
-                who = f"host {holder['host']}, process {holder['pid']}" if holder else "somebody who deleted it"
-                self._on_lost(f"{self._mine} was taken over by {who}: this driver was silent for too long. It stops.")
-            return
+        newest = self._newest()
+        if newest != self._mine:
+            return self._holder(newest) if newest is not None else {}
+        self._mine.put(json.dumps(self._content).encode())
+        return None
 
 
 def _number(path: RemotePath) -> int:

@@ -20,7 +20,9 @@ from typing import Any
 
 import psutil
 
-from evolve.files import Place, aside_of, storage_errors
+from evolve.disk import aside_of
+from evolve.errors import StorageError
+from evolve.files import Place, storage_errors
 from evolve.store.run import RunDirectory, RunError
 
 BEAT_S = 10.0
@@ -34,17 +36,12 @@ def stop_this_process(message: str) -> None:
     os.kill(os.getpid(), signal.SIGTERM)
 
 
-class Lock:
-    """The lock of one driver. It names its holder's host, process and start time.
+class DriverLock:
+    """What the locks of all places share: a token, a heartbeat, and being told of its loss. May be released twice."""
 
-    A lock is stale, and taken over, when its process is gone (same host), or when its heartbeat has stopped (another
-    host). The heartbeat is the file's modification time, set by the file server, so that clocks need not agree.
-    """
-
-    def __init__(self, run: RunDirectory, on_lost: Callable[[str], None] = stop_this_process) -> None:
-        """`on_lost` is called, with the reason, when another driver has taken the lock of this one."""
-        assert isinstance(run.path, Path)
-        self._path = run.path / "lock.json"
+    def __init__(self, place: Place, on_lost: Callable[[str], None]) -> None:
+        """`on_lost` is called, with the reason, when another driver has taken the lock at `place` from this one."""
+        self._place = place
         self._on_lost = on_lost
         self._token = uuid.uuid4().hex
         self._released = threading.Event()
@@ -55,28 +52,69 @@ class Lock:
 
         Raises:
             RunError: another driver holds it.
-            StorageError: the run directory cannot be written.
+            StorageError: the run directory cannot be written, or its store does not answer.
         """
-        with storage_errors(self._path):
-            self._path.parent.mkdir(parents=True, exist_ok=True)
-            for _ in range(3):
-                if self._create():
-                    self._beating = threading.Thread(target=self._beat, name="lock", daemon=True)
-                    self._beating.start()
-                    return
-                self._remove_if_stale()
-        raise RunError(f"cannot take {self._path}: another driver took it at the same moment. Try again.")
+        self._take()
+        self._beating = threading.Thread(target=self._beat, name="lock", daemon=True)
+        self._beating.start()
 
     def release(self) -> None:
-        """Give the lock back. May be called twice."""
+        """Give the lock back."""
         self._released.set()
         if self._beating is not None:
             self._beating.join()
             self._beating = None
-            if self._read(self._path).get("token") == self._token:
-                self._path.unlink(missing_ok=True)
+            self._give_back()
 
-    # ------------------------------------------------------------------ inside
+    def _take(self) -> None:
+        raise NotImplementedError
+
+    def _give_back(self) -> None:
+        """Give back the lock, unless it is another's by now."""
+        raise NotImplementedError
+
+    def _touch(self) -> dict[str, Any] | None:
+        """Show that this driver lives; None. Or, where the lock is its no more, who holds it, empty for nobody."""
+        raise NotImplementedError
+
+    def _beat(self) -> None:
+        while not self._released.wait(BEAT_S):
+            try:
+                holder = self._touch()
+            except (OSError, StorageError):  # a mount or store away for a moment; STALE_S is what it may take
+                continue
+            if holder is None:
+                continue
+            if not self._released.is_set():
+                who = f"host {holder['host']}, process {holder['pid']}" if holder else "somebody who deleted it"
+                self._on_lost(f"{self._place} was taken over by {who}: this driver was silent for too long. It stops.")
+            return
+
+
+class Lock(DriverLock):
+    """The lock of one driver. It names its holder's host, process and start time.
+
+    A lock is stale, and taken over, when its process is gone (same host), or when its heartbeat has stopped (another
+    host). The heartbeat is the file's modification time, set by the file server, so that clocks need not agree.
+    """
+
+    def __init__(self, run: RunDirectory, on_lost: Callable[[str], None] = stop_this_process) -> None:
+        assert isinstance(run.path, Path)
+        self._path = run.path / "lock.json"
+        super().__init__(self._path, on_lost)
+
+    def _take(self) -> None:
+        with storage_errors(self._path):
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            for _ in range(3):
+                if self._create():
+                    return
+                self._remove_if_stale()
+        raise RunError(busy(self._path))
+
+    def _give_back(self) -> None:
+        if self._read(self._path).get("token") == self._token:
+            self._path.unlink(missing_ok=True)
 
     def _create(self) -> bool:
         """Make the lock file with its content in one step; False where there is one."""
@@ -103,8 +141,7 @@ class Lock:
         age = self._age()
         if age is None:  # released meanwhile
             return
-        if not (gone(holder) if same_machine(holder) else age > STALE_S):
-            raise RunError(refusal(self._path.parent, holder, age))
+        refuse_unless_stale(self._path.parent, holder, age)
         # Whoever renames it has it; should that be a new lock, taken since it was read, it is put back.
         aside = aside_of(self._path)
         with contextlib.suppress(FileNotFoundError):
@@ -125,21 +162,14 @@ class Lock:
         finally:
             probe.unlink()
 
-    def _beat(self) -> None:
-        while not self._released.wait(BEAT_S):
-            try:
-                holder = self._read(self._path)
-                if not holder and not self._released.wait(1.0):  # one who looks at it may be putting it back
-                    holder = self._read(self._path)
-                if holder.get("token") == self._token:
-                    os.utime(self._path)
-                    continue
-            except OSError:  # a mount that is away for a moment; STALE_S is what it may take
-                continue
-            if not self._released.is_set():
-                who = f"host {holder['host']}, process {holder['pid']}" if holder else "somebody who deleted it"
-                self._on_lost(f"{self._path} was taken over by {who}: this driver was silent for too long. It stops.")
-            return
+    def _touch(self) -> dict[str, Any] | None:
+        holder = self._read(self._path)
+        if not holder and not self._released.wait(1.0):  # one who looks at it may be putting it back
+            holder = self._read(self._path)
+        if holder.get("token") != self._token:
+            return holder
+        os.utime(self._path)
+        return None
 
 
 def me() -> dict[str, Any]:
@@ -173,8 +203,10 @@ def gone(holder: dict[str, Any]) -> bool:
         return True
 
 
-def refusal(run: Place, holder: dict[str, Any], age: float) -> str:
-    """What a second driver is told. `age`: seconds since the holder's last heartbeat."""
+def refuse_unless_stale(run: Place, holder: dict[str, Any], age: float) -> None:
+    """Raise `RunError` where a lock's holder lives. `age`: seconds since its last heartbeat."""
+    if gone(holder) if same_machine(holder) else age > STALE_S:
+        return
     who = f"host {holder.get('host', '?')}, process {holder.get('pid', '?')}, since {holder.get('since', '?')}"
     if same_machine(holder):
         mend = f"Wait for it, or end it: kill {holder.get('pid')}"
@@ -183,4 +215,9 @@ def refusal(run: Place, holder: dict[str, Any], age: float) -> str:
             f"Wait for it, or end it there. If that machine is gone, run this again in {max(STALE_S - age, 1):.0f} s: "
             f"its last sign of life is {max(age, 0):.0f} s old, and after {STALE_S:.0f} s its lock is taken over"
         )
-    return f"{run} is in use by another driver: {who}. {mend}. Use another run.name for a second run."
+    raise RunError(f"{run} is in use by another driver: {who}. {mend}. Use another run.name for a second run.")
+
+
+def busy(place: Place) -> str:
+    """What a driver is told that lost a race for the lock at `place`."""
+    return f"cannot take {place}: another driver took it at the same moment. Try again."

@@ -17,7 +17,8 @@ import torch
 from transformers import PreTrainedTokenizerBase, Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
-from evolve.files import Place, aside_of, is_published, publish_directory, storage_errors, workshop
+from evolve.disk import aside_of
+from evolve.files import Place, is_published, publish_directory, storage_errors, workshop
 from evolve.schema import ToyConfig
 from evolve.toy import tokenizer as toy_tokenizer
 from evolve.toy.forms import EVENTS
