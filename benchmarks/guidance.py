@@ -22,6 +22,7 @@ from rich.table import Table
 
 from benchmarks import scene
 from benchmarks.common import finish, parser
+from benchmarks.evaluation import checkpoints
 from evolve import cluster
 from evolve.config import read, resolve_round
 from evolve.evaluate import interval
@@ -61,8 +62,8 @@ def grow(
             concurrent_rollouts=1,
             tail_rollouts=1,
             trees=Path(directory),
-            policy=(policy.path, policy.digest),
-            ppm=(ppm.path, ppm.digest) if ppm and plan.value is ValueKind.ppm else None,
+            policy=policy.named,
+            ppm=ppm.named if ppm and plan.value is ValueKind.ppm else None,
         )
         progress, seconds = scene.grow(fleet.groups, problems, job)
         if progress.trees != len(problems):
@@ -93,11 +94,9 @@ def main() -> int:
     arguments = made.parse_args()
     directory = RunDirectory(arguments.run.absolute())
     config = read(directory.config)
-    before = directory.round(arguments.round - 1)
-    policy, ppm = (
-        Checkpoint(str(before.path / stage / "checkpoint"), before.manifest()[stage]["digest"])
-        for stage in ("sft", "ppm")
-    )
+    policy, ppm = checkpoints(directory, arguments.round - 1, config)
+    if ppm is None:
+        made.error("--round must be at least 2: the base model has no PPM")
     used = (config.problems.per_round or 0) * len(config.rounds)
     fresh = toy_problems(
         arguments.problems, config.run.seed, "train", config.toy.difficulties, config.toy.operations, used

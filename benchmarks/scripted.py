@@ -8,8 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import math
-import zlib
-from array import array
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
 from random import Random
@@ -18,6 +16,7 @@ from typing import Any
 from evolve.fleet import Engines
 from evolve.policy.checkpoint import resolve
 from evolve.policy.standin import StandIn
+from evolve.reward.simulated import noise
 from evolve.schema import EngineConfig, EvolveConfig, ScoreForm
 from evolve.search.seeds import derive
 from evolve.toy.world import END_OF_CODE, END_OF_STEP, Spec, demonstrated, specs
@@ -125,7 +124,7 @@ class ScriptedPPM(_Scripted):
     async def score_steps(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
         """A number in [-2, 2) for every step of each request."""
         await self._wait(Random(len(requests)))
-        return [[zlib.crc32(array("i", step).tobytes()) / 2**30 - 2.0 for step in r.steps] for r in requests]
+        return [[noise(step) for step in r.steps] for r in requests]
 
     async def stats(self) -> Mapping[str, float]:
         """Counters."""

@@ -32,16 +32,89 @@ STEPS = {
 }
 """A first step and the siblings that follow it."""
 
-CHAIN = [
-    "from sympy import *\nx, y = symbols('x y')",
-    "f = expand((x + 1)**3 * (x - 2))",
-    "g = diff(f, x)\nprint(g)",
-    "roots = solve(g, x)\nprint(roots)",
-    "values = [f.subs(x, r) for r in roots]\nprint(values)",
-    "area = integrate(f, (x, 0, 2))\nprint(area)",
-    "s = solve([x + y - 5, x - y - 1], [x, y])\nprint(s)",
-    "answer = simplify(area + s[x] * s[y])\nprint(answer)",
-]
+CHAINS = {
+    "prealgebra": [
+        "from sympy import Eq, Rational, solve, symbols\nx = symbols('x')",
+        "share = Rational(3, 8) + Rational(1, 6)\nprint(share)",
+        "left = 1 - share\nprint(left)",
+        "price = Rational(45, 2) * (1 - Rational(20, 100))\nprint(price)",
+        "n = solve(Eq(3*x/4 - 5, 16), x)[0]\nprint(n)",
+        "mean = Rational(sum([12, 15, 18, n]), 4)\nprint(mean)",
+        "speed = Rational(150, 1) / Rational(5, 2)\nprint(speed)",
+        "answer = left * speed + mean\nprint(answer)",
+    ],
+    "algebra": [
+        "from sympy import Eq, simplify, solve, sqrt, symbols\na, b, x = symbols('a b x')",
+        "f = x**2 + a*x + b\nprint(f)",
+        "equations = [Eq(f.subs(x, 2), 5), Eq(f.subs(x, -1), 8)]\nprint(equations)",
+        "s = solve(equations, [a, b])\nprint(s)",
+        "g = f.subs(s)\nprint(g)",
+        "roots = solve(Eq(g, 0), x)\nprint(roots)",
+        "cubes = simplify(roots[0]**3 + roots[1]**3)\nprint(cubes)",
+        "answer = simplify(cubes - roots[0]*roots[1])\nprint(answer)",
+    ],
+    "intermediate algebra": [
+        "from sympy import *\nx = symbols('x', real=True)",
+        "p = Poly(x**4 - 5*x**3 + 5*x**2 + 5*x - 6, x)\nprint(p.degree())",
+        "print(factor(p.as_expr()))",
+        "zeros = roots(p)\nprint(zeros)",
+        "q = cancel((x**3 - 1)/(x**2 - 1))\nprint(q)",
+        "parts = apart((3*x + 5)/(x**2 - x - 2), x)\nprint(parts)",
+        "where = solve_univariate_inequality((x - 1)*(x - 4)/(x + 2) < 0, x, relational=False)\nprint(where)",
+        "answer = sum(zeros) + where.sup\nprint(answer)",
+    ],
+    "precalculus": [
+        "from sympy import *\nt = symbols('t', real=True)",
+        "triple = expand_trig(sin(3*t))\nprint(triple)",
+        "zero = simplify(triple - 3*sin(t) + 4*sin(t)**3)\nprint(zero)",
+        "angles = solveset(2*cos(t)**2 - 3*cos(t) + 1, t, Interval.Ropen(0, 2*pi))\nprint(angles)",
+        "z = expand((1 + sqrt(3)*I)**6)\nprint(z)",
+        "R = Matrix([[cos(pi/6), -sin(pi/6)], [sin(pi/6), cos(pi/6)]])\nprint(simplify(R**3))",
+        "v = Matrix([1, 2, 2]).cross(Matrix([3, -1, 1]))\nprint(v.norm())",
+        "answer = simplify(v.norm()**2 + re(z))\nprint(answer)",
+    ],
+    "calculus": [
+        "from sympy import *\nx, y = symbols('x y')",
+        "f = expand((x + 1)**3 * (x - 2))",
+        "g = diff(f, x)\nprint(g)",
+        "roots = solve(g, x)\nprint(roots)",
+        "values = [f.subs(x, r) for r in roots]\nprint(values)",
+        "area = integrate(f, (x, 0, 2))\nprint(area)",
+        "s = solve([x + y - 5, x - y - 1], [x, y])\nprint(s)",
+        "answer = simplify(area + s[x] * s[y])\nprint(answer)",
+    ],
+    "geometry": [
+        "from sympy import *\nA, B, C = Point(0, 0), Point(6, 0), Point(2, 5)",
+        "triangle = Triangle(A, B, C)\nprint(triangle.area)",
+        "r = simplify(triangle.inradius)\nprint(r)",
+        "R = simplify(triangle.circumradius)\nprint(R)",
+        "d = Line(A, C).distance(B)\nprint(d)",
+        "cuts = Circle(A, 3).intersection(Line(Point(0, 1), Point(1, 2)))\nprint(cuts)",
+        "h = symbols('h', positive=True)\nheight = solve(Eq(triangle.area, 3*h), h)[0]\nprint(height)",
+        "answer = simplify(triangle.area / R + height)\nprint(answer)",
+    ],
+    "number theory": [
+        "from sympy import *\nfrom sympy.ntheory.modular import crt",
+        "f = factorint(2**20 - 1)\nprint(f)",
+        "count = prod(e + 1 for e in f.values())\nprint(count)",
+        "print(totient(1000), divisor_sigma(360), primepi(100))",
+        "m, modulus = crt([7, 9, 11], [3, 5, 2])\nprint(m, modulus)",
+        "r = pow(7, 100, 13)\nprint(r, n_order(7, 13))",
+        "k = symbols('k', integer=True)\nfound = [n for n in range(1, 60) if (n**2 + 3*n + 2) % 7 == 0]\nprint(found)",
+        "answer = m + count + r + len(found)\nprint(answer)",
+    ],
+    "counting": [
+        "from sympy import *\nx = symbols('x')\nk = symbols('k', integer=True, nonnegative=True)",
+        "ways = binomial(10, 4) - 2*binomial(8, 3)\nprint(ways)",
+        "p = Rational(1, 3)\nchances = [binomial(6, j)*p**j*(1 - p)**(6 - j) for j in range(7)]\nprint(chances)",
+        "mean = sum(j*c for j, c in enumerate(chances))\nprint(mean)",
+        "total = summation(k*binomial(5, k), (k, 0, 5))\nprint(total)",
+        "coefficient = expand((1 + x + x**2)**6).coeff(x, 6)\nprint(coefficient)",
+        "chance = Rational(coefficient, 3**6)\nprint(chance)",
+        "answer = simplify(ways*chance + mean + total)\nprint(answer)",
+    ],
+}
+"""A solution in eight steps for each subject of the MATH data set, and one from calculus."""
 FLOOR = """
 import sys, os, time
 sys.path.insert(0, {here!r})
@@ -114,20 +187,20 @@ async def latency(verifier: SandboxVerifier, count: int) -> tuple[float, float]:
     return cuts[49], cuts[98]
 
 
-async def chain(verifier: SandboxVerifier, repeats: int) -> tuple[float, float]:
+async def chain(verifier: SandboxVerifier, name: str, repeats: int) -> tuple[float, float]:
     """Seconds for a chain of steps continued from each parent, and with the prefix run again each time.
 
     Of each step the quickest of some repeats counts, so that other work on the machine does not.
     """
+    steps = CHAINS[name]
     incremental = rerun = 0.0
-    for depth in range(1, len(CHAIN) + 1):
+    for depth in range(1, len(steps) + 1):
         continued, again = [], []
         for repeat in range(repeats):
-            parent = f"chain {repeat}"
             start = time.perf_counter()
-            await execute(verifier, parent, tuple(CHAIN[:depth]))
+            await execute(verifier, f"{name} {repeat}", tuple(steps[:depth]))
             middle = time.perf_counter()
-            await execute(verifier, f"rerun {repeat} {depth}", ("\n".join(CHAIN[:depth]),))
+            await execute(verifier, f"rerun {name} {repeat} {depth}", ("\n".join(steps[:depth]),))
             continued.append(middle - start)
             again.append(time.perf_counter() - middle)
         incremental += min(continued)
@@ -193,9 +266,11 @@ async def measure() -> dict[str, Any]:
                 record["trivial_own_process_ratio"] = alone / bare
         p50, p99 = await latency(verifier, 300)
         record["trivial_p50_ms"], record["trivial_p99_ms"] = p50 * 1e3, p99 * 1e3
-        incremental, rerun = await chain(verifier, 6)
-        record["chain_ms"], record["chain_rerun_ms"] = incremental * 1e3, rerun * 1e3
-        record["chain_ratio"] = rerun / incremental
+        times = {name: await chain(verifier, name, 6) for name in CHAINS}
+        record |= {f"chain_{name}_ratio": rerun / incremental for name, (incremental, rerun) in times.items()}
+        incremental, rerun = (sum(each) for each in zip(*times.values(), strict=True))
+        record["chains_ms"], record["chains_rerun_ms"] = incremental * 1e3, rerun * 1e3
+        record["chains_ratio"] = rerun / incremental
         record["overshoot_ms"] = await overshoot(verifier, 10) * 1e3
     finally:
         await verifier.close()
@@ -207,7 +282,7 @@ GOALS = (
     Goal("trivial_ratio", "at most", 1.5),
     Goal("numpy_ratio", "at most", 1.5),
     Goal("sympy_ratio", "at most", 1.5),
-    Goal("chain_ratio", "at least", 2.5),
+    Goal("chains_ratio", "at least", 2.5),
     Goal("snapshot_mb", "at most", 8.0),
     Goal("overshoot_ms", "at most", 50.0),
 )

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 
 from evolve.errors import EvolveError
-from evolve.schema import EvolveConfig
+from evolve.schema import ClusterConfig
 
 ANSWER_S = 10.0
 """How long an address may take to accept a connection. Ray itself tries for minutes before it gives up."""
@@ -32,9 +32,9 @@ class LiveNode:
     gpus: float
 
 
-def address_of(config: EvolveConfig) -> str | None:
+def address_of(config: ClusterConfig) -> str | None:
     """The address of the cluster that a configuration would run in; None: a new one on this machine."""
-    return config.cluster.address or os.environ.get("RAY_ADDRESS") or None
+    return config.address or os.environ.get("RAY_ADDRESS") or None
 
 
 @contextmanager

@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from evolve.attach import live_nodes
+from evolve.attach import address_of, live_nodes
 from evolve.placement import Layout, Need, Node, amount, shards, shortfalls
 from evolve.schema import ClusterConfig, Device, EngineConfig, EvolveConfig
 from evolve.service import ServiceError
@@ -28,19 +28,19 @@ def connect(config: ClusterConfig) -> str:
     Raises:
         ServiceError: GPUs are asked for and the cluster has none.
     """
-    address = config.address or os.environ.get("RAY_ADDRESS")
+    address = address_of(config)
     if not ray.is_initialized():
         if address:
             ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
         else:
             _start_local()
     gpus = ray.cluster_resources().get("GPU", 0)
-    if config.device is Device.gpu and not gpus:
+    if config.device is Device.gpu and not gpus and not may_grow(config):
         raise ServiceError(
-            "cluster.device=gpu, but the Ray cluster has no GPU. Start it with GPU nodes (cluster.yaml), or use "
-            "cluster.device=auto or a CPU recipe (conf=quickstart)."
+            "cluster.device=gpu, but this machine has no GPU. Join a cluster with GPU nodes (cluster.address, README), "
+            "or use cluster.device=auto or a CPU recipe (conf=quickstart)."
         )
-    return "gpu" if gpus and config.device is not Device.cpu else "cpu"
+    return "gpu" if config.device is Device.gpu or (gpus and config.device is Device.auto) else "cpu"
 
 
 def _start_local() -> None:
@@ -62,6 +62,14 @@ def _start_local() -> None:
                 ) from error
 
 
+def dead_daemons() -> list[str]:
+    """What has died of the Ray that this process has started; nothing of a cluster that it has joined."""
+    node: Any = ray._private.worker._global_node
+    if node is None or not node.head:
+        return []
+    return [kind for kind, _ in node.dead_processes() if kind in ("gcs_server", "raylet")]
+
+
 def bundle(config: EvolveConfig, engine: EngineConfig, device: str, ppm: bool) -> dict[str, float]:
     """What one shard takes of its node: CPUs for its verifier, GPUs for its engines.
 
@@ -73,13 +81,21 @@ def bundle(config: EvolveConfig, engine: EngineConfig, device: str, ppm: bool) -
     return {"CPU": config.cluster.verifier_cpus, "GPU": gpus}
 
 
+def may_grow(config: ClusterConfig) -> bool:
+    """Whether nodes may come: a cluster that was joined may have an autoscaler, this machine has none."""
+    return address_of(config) is not None
+
+
 def shard_count(config: EvolveConfig, need: Mapping[str, float]) -> int:
-    """`cluster.shards`, or as many as the nodes have room for.
+    """How many shards to wait for before work begins: those there is room for now, at least one.
 
     Raises:
-        ServiceError: not even one fits, or fewer than asked for; the message says what each node lacks.
+        ServiceError: no node can come, and not even one fits, or fewer than `cluster.shards`; the message says what
+            each node lacks.
     """
     found = layout(config, need, alive_nodes().values())
+    if may_grow(config.cluster):
+        return max(1, found.placed)
     if not found.complete:
         raise ServiceError(
             f"{found.wanted} shard(s) need {amount(found.need)} each on one node; {len(found.shares)} node(s) have "

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
 import shutil
 import uuid
 from collections.abc import Callable
@@ -11,8 +12,13 @@ from pathlib import Path
 
 
 def aside_of(path: Path) -> Path:
-    """A name beside `path` for what is being written; `evolve.files.remove_asides` knows it again."""
+    """A name beside `path` for what is being written; `asides` knows it again."""
     return path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+
+
+def asides(directory: Path) -> list[Path]:
+    """What is being written below `directory`, or was by a process that was killed."""
+    return [path for path in directory.rglob(".*") if re.fullmatch(r"\..+\.[0-9a-f]{8}", path.name)]
 
 
 def settle_file(path: Path, write: Callable[[Path], object]) -> None:

@@ -11,19 +11,17 @@ import errno
 import json
 import math
 import os
-import re
 import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from evolve.disk import aside_of, remove_directory, settle_directory, settle_file, sha256
+from evolve.disk import aside_of, asides, remove_directory, settle_directory, settle_file, sha256
 from evolve.errors import StorageError
 from evolve.remote import RemotePath, identity, is_uri, working
 
 Place = Path | RemotePath
 
-_ASIDE = re.compile(r"\..+\.[0-9a-f]{8}")
 _SPACE = (errno.ENOSPC, errno.EDQUOT)
 _RIGHTS = (errno.EROFS, errno.EACCES, errno.EPERM)
 _FULL_BYTES = 2**20
@@ -225,12 +223,11 @@ def remove_asides(directory: Place) -> None:
     """Remove what a killed process was writing below `directory`; for the one who holds its lock."""
     if isinstance(directory, RemotePath):
         return  # what was put there has its final name
-    for path in directory.rglob(".*"):
-        if _ASIDE.fullmatch(path.name):
-            if path.is_dir():
-                shutil.rmtree(path, ignore_errors=True)
-            else:
-                path.unlink(missing_ok=True)
+    for path in asides(directory):
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager

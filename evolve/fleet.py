@@ -17,10 +17,11 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from evolve.cluster import alive_nodes, bundle, largest_free, layout, shard_count
+from evolve.attach import live_nodes
+from evolve.cluster import alive_nodes, bundle, largest_free, layout, may_grow, shard_count
 from evolve.evaluate import Evaluator
 from evolve.health import Limits
-from evolve.placement import Node
+from evolve.placement import Need, Node, amount, listed
 from evolve.policy.engine import PolicyEngine
 from evolve.reward.ppm import PPMEngine
 from evolve.schema import EngineConfig, EvolveConfig
@@ -32,6 +33,8 @@ from evolve.watch import Watch
 POLL_S = 0.1
 ROOM_S = 5.0
 """Between two looks for nodes that came or went."""
+JOIN_S = 0.5
+"""The same, while a group's actors start, or there is none at work."""
 CLIENT_START_S = 300.0
 """For a shard, an evaluator or a verifier, which load no model, to be there."""
 LEAVE_S = 30.0
@@ -66,8 +69,6 @@ class Group:
 
     name: str
     placement: PlacementGroup
-    asked: float
-    """When its placement was asked for."""
     node: str = ""
     """Ray's id of the node it is on; empty until it is placed."""
     policy: Any = None
@@ -105,6 +106,8 @@ class Fleet:
     config: EvolveConfig
     device: str
     engines: Engines = Engines()
+    on_wait: Callable[[str], object] = lambda _: None
+    """Told now and then what shards wait for."""
     groups: list[Group] = field(default_factory=list)
     """Those that are ready to work."""
     events: list[str] = field(default_factory=list)
@@ -146,6 +149,9 @@ class Fleet:
             self._expect(group)
         timeout = engine.start_timeout_s + (self.config.cluster.placement_timeout_s if before is None else 0.0)
         self._wait(lambda: len(self.groups) >= count and not self._unready(), timeout)
+        wanted = self.config.cluster.shards or 1
+        if before is None and len(self.groups) < wanted:
+            self.events.append(f"{len(self.groups)} of {wanted} shards are at work; {self._lacking()}")
 
     def poll(self) -> None:
         """Look after all actors, and at which nodes came and went.
@@ -157,13 +163,13 @@ class Fleet:
         if self._serving is None:
             return
         now = time.monotonic()
-        if now - self._looked > ROOM_S or self._joining:
+        starting = not self.groups or any(group.node for group in self._joining)
+        if now - self._looked > (JOIN_S if starting else ROOM_S):
+            self._looked = now
             nodes = alive_nodes()
             self._drop_lost(nodes, now)
-            if now - self._looked > ROOM_S:
-                self._looked = now
-                self._recruit(nodes, now)
-            self._join(nodes, now)
+            self._recruit(nodes)
+            self._join(nodes)
         self._let_go(now)
         self.watch.poll()
         self._empty = None if self.groups else self._empty or now
@@ -200,15 +206,18 @@ class Fleet:
         assert self._serving is not None
         return bundle(self.config, self._serving.engine, self.device, self._serving.ppm is not None)
 
-    def _recruit(self, nodes: dict[str, Node], now: float) -> None:
-        """Ask for as many groups as there is room for."""
+    def _recruit(self, nodes: dict[str, Node]) -> None:
+        """Ask for as many groups as there is room for, and where nodes may come for all that are wanted: a placement
+        group that waits is what an autoscaler adds nodes for."""
         need = self._need()
-        for _ in range(layout(self.config, need, nodes.values()).placed - len(self.groups) - len(self._joining)):
+        found = layout(self.config, need, nodes.values())
+        asked = max(found.placed, found.wanted) if may_grow(self.config.cluster) else found.placed
+        for _ in range(asked - len(self.groups) - len(self._joining)):
             name = f"shard-{self._numbered}"
             self._numbered += 1
-            self._joining.append(Group(name, placement_group([need], strategy="STRICT_PACK", name=name), now))
+            self._joining.append(Group(name, placement_group([need], strategy="STRICT_PACK", name=name)))
 
-    def _join(self, nodes: dict[str, Node], now: float) -> None:
+    def _join(self, nodes: dict[str, Node]) -> None:
         """Start the actors of groups that were placed; those whose actors are ready begin to work."""
         for group in list(self._joining):
             if not group.node:
@@ -216,9 +225,6 @@ class Fleet:
                 if table.get("state") == "CREATED":
                     group.node = table["bundles_to_node_id"][0]
                     self._start(group)
-                elif now - group.asked > self.config.cluster.placement_timeout_s:
-                    self._joining.remove(group)
-                    remove_placement_group(group.placement)
             elif not self.watch.unhealthy(*group.names()):
                 self._joining.remove(group)
                 self.groups.append(group)
@@ -228,11 +234,12 @@ class Fleet:
 
     def _drop_lost(self, nodes: dict[str, Node], now: float) -> None:
         """Leave out groups whose node is gone or going; the latter may first make durable what they have."""
-        known = {n["NodeID"] for n in ray.nodes() if n["Alive"]}
-        for group in [g for g in (*self.groups, *self._joining) if g.node and g.node not in nodes]:
+        lost = [g for g in (*self.groups, *self._joining) if g.node and g.node not in nodes]
+        going = {node.id for node in live_nodes()} if lost else set()
+        for group in lost:
             (self.groups if group in self.groups else self._joining).remove(group)
             self.watch.drop(*group.names())
-            if group.node in known and group.shard is not None:
+            if group.node in going and group.shard is not None:
                 self.events.append(f"node {group.node[:8]} is being drained: {group.name} stops")
                 group.shard.stop.remote()
                 self._leaving[group.name] = (group, now + LEAVE_S)
@@ -255,10 +262,14 @@ class Fleet:
 
     def _wait(self, ready: Callable[[], bool], timeout_s: float) -> None:
         deadline = time.monotonic() + timeout_s
+        told = time.monotonic()
         while True:
             self.poll()
             if ready():
                 return
+            if time.monotonic() - told > ROOM_S:
+                told = time.monotonic()
+                self.on_wait(self._lacking())
             if time.monotonic() > deadline:
                 raise ServiceError(f"shards are not ready after {timeout_s:.0f} s: {self._lacking()}")
             time.sleep(POLL_S)
@@ -269,11 +280,11 @@ class Fleet:
     def _lacking(self) -> str:
         need = self._need()
         lacking = [f"{name} is {state}" for name, state in self.watch.unhealthy().items()]
-        lacking += [
-            f"the placement group of {group.name} needs {need} on one node, where {largest_free(need)} is the most free"
-            for group in self._joining
-            if not group.node
-        ]
+        waiting = [group.name for group in self._joining if not group.node]
+        if waiting:
+            most = ", ".join(f"{free:g} {kind}" for kind, free in largest_free(need).items())
+            each = amount(Need(need["CPU"], need.get("GPU", 0.0)))
+            lacking.append(f"{listed(waiting, 4)}: {each} needed on one node, where at most {most} are free")
         return "; ".join(lacking) or f"{len(self.groups)} group(s) are"
 
     # ------------------------------------------------------------------ actors

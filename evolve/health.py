@@ -111,8 +111,8 @@ class Health:
         self._enter(State.FAILED if failed else State.RESTARTING, now)
         return Act.STOP if failed else Act.WAIT
 
-    def failed_to_start(self, now: float, reason: str) -> Act:
-        """Its process is there, but what it is to run could not be started."""
+    def failed(self, now: float, reason: str) -> Act:
+        """Its process may be there, but what it is to run is not, or is silent: it counts as dead and must go."""
         if self.state is State.RESTARTING:  # the successor: a death of its own
             self._enter(State.STARTING, now)
         return Act.KILL if self.died(now, reason) is Act.WAIT else Act.STOP
@@ -130,22 +130,17 @@ class Health:
         if self.state is State.HEALTHY and passed > self.limits.suspect_s:
             self.state = State.SUSPECT  # `since` stays: it counts from the last answer
         if self.state is State.SUSPECT and passed > self.limits.silence_s:
-            return self._given_up(now, f"it did not answer for {self.limits.silence_s:.0f} s")
+            return self.failed(now, f"it did not answer for {self.limits.silence_s:.0f} s")
         if self.state in (State.STARTING, State.CHECKING, State.RESTARTING) and passed > self.limits.start_s:
             doing = {
                 State.STARTING: "start",
                 State.CHECKING: "serve the checkpoint it was to load",
                 State.RESTARTING: "come back after its death",
             }[self.state]
-            return self._given_up(now, f"it did not {doing} within {self.limits.start_s:.0f} s")
+            return self.failed(now, f"it did not {doing} within {self.limits.start_s:.0f} s")
         return Act.WAIT
 
     # ------------------------------------------------------------------ inside
 
     def _enter(self, state: State, now: float) -> None:
         self.state, self.since = state, now
-
-    def _given_up(self, now: float, reason: str) -> Act:
-        if self.state is State.RESTARTING:
-            self._enter(State.STARTING, now)
-        return Act.KILL if self.died(now, reason) is Act.WAIT else Act.STOP

@@ -135,12 +135,14 @@ def amount(need: Need) -> str:
     return " and ".join(parts) or "nothing"
 
 
+def listed(names: Sequence[str], shown: int) -> str:
+    """The first of some names, and how many more there are."""
+    return ", ".join(names[:shown]) + (f" and {len(names) - shown} more" if len(names) > shown else "")
+
+
 def shortfalls(layout: Layout, shown: int = 6) -> list[str]:
     """What is missing, node by node, for one group more; nodes that lack the same share a line."""
     by_lack: dict[str, list[str]] = {}
     for share in layout.shares:
         by_lack.setdefault(amount(share.short), []).append(share.node.name)
-    return [
-        f"{', '.join(names[:shown])}{f' and {len(names) - shown} more' if len(names) > shown else ''}: {lack} short"
-        for lack, names in by_lack.items()
-    ]
+    return [f"{listed(names, shown)}: {lack} short" for lack, names in by_lack.items()]

@@ -13,7 +13,7 @@ from rich.text import Text
 from evolve.attach import address_of, attached
 from evolve.config import to_yaml
 from evolve.estimate import Plan, plan
-from evolve.placement import Layout, Node, Resources, Share, amount, local_resources
+from evolve.placement import Layout, Node, Resources, Share, amount, listed, local_resources
 from evolve.schema import EvolveConfig
 
 WIDTH = 100
@@ -27,7 +27,7 @@ def show_plan(config: EvolveConfig) -> None:
     Raises:
         UnreachableError: a Ray address is set and no cluster answers there.
     """
-    address = address_of(config)
+    address = address_of(config.cluster)
     resources = local_resources() if address is None else cluster_resources(address)
     sys.stdout.write(render(plan(config, resources)))
 
@@ -131,8 +131,7 @@ def _by_node(found: Plan) -> Table:
         cells = [_share(layout, layout.shares[index]) for layout in found.layouts]
         alike.setdefault((f"{node.cpus:g}", f"{node.gpus:g}", *cells), []).append(node.name)
     for cells_of, names in alike.items():
-        shown = ", ".join(names[:NAMES]) + (f" and {len(names) - NAMES} more" if len(names) > NAMES else "")
-        table.add_row(shown, *cells_of)
+        table.add_row(listed(names, NAMES), *cells_of)
     needs = "; ".join(
         f"{layout.what}: {amount(layout.need)} a {'worker' if layout.what == 'training' else 'shard'}"
         for layout in found.layouts

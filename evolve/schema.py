@@ -316,10 +316,12 @@ class ClusterConfig:
     """Ray address; null: the cluster this job runs in, or a new local one."""
     device: Device = Device.auto
     shards: int | None = None
-    """Engine groups; null: as many as fit."""
+    """Engine groups; null: as many as fit, and at least one. In a cluster that was joined work begins with those there
+    is room for; the others wait for nodes, which an autoscaler adds for them."""
     verifier_cpus: float = 1.0
     """CPUs of one shard's verifier."""
-    placement_timeout_s: float = 600.0
+    placement_timeout_s: float = 1800.0
+    """For a node with room for a shard to be there, which an autoscaler may have to add."""
     stage_timeout_s: float = 86400.0
     restarts: int = 3
     """Deaths of one actor within `restart_window_s` that are mended; one more stops the run."""

@@ -10,6 +10,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from dataclasses import replace as replace_fields
 from pathlib import Path
 from typing import Any
 
@@ -79,7 +80,7 @@ class Watched:
         try:
             pulse = self._question.poll(now)
         except RayTaskError as error:  # its health check, which fails when its service is no more
-            return self.health.failed_to_start(now, _first_line(error.cause))
+            return self.health.failed(now, _first_line(error.cause))
         except RayActorError as error:
             return self.health.died(now, _first_line(error))
         if pulse is None:
@@ -109,7 +110,7 @@ class Watched:
         except RayTaskError as error:
             if isinstance(error.cause, EvolveError | ValueError | FileNotFoundError):
                 raise EvolveError(f"{self.health.name} cannot start: {error.cause}") from error
-            return self.health.failed_to_start(now, _first_line(error.cause))
+            return self.health.failed(now, _first_line(error.cause))
         except RayActorError:
             return Act.WAIT  # its pulse tells
         return Act.WAIT
@@ -133,15 +134,11 @@ class Watch:
         *,
         replace: Callable[[], Any] | None = None,
         hosted: bool = True,
-    ) -> Watched:
+    ) -> None:
         """Begin to look after an actor, `start_s` seconds being what its start may take."""
-        limits = Limits(
-            self._limits.restarts, self._limits.window_s, start_s, self._limits.suspect_s, self._limits.silence_s
-        )
-        expected = expects[1] if expects else ""
-        health = Health(name, limits, expected, since=time.monotonic())
+        limits = replace_fields(self._limits, start_s=start_s)
+        health = Health(name, limits, expects[1] if expects else "", since=time.monotonic())
         self._watched[name] = Watched(actor, health, expects, replace, hosted)
-        return self._watched[name]
 
     def expect(self, name: str, expects: tuple[str, str]) -> None:
         """From now on this actor must serve the checkpoint with that (path, digest)."""
@@ -152,14 +149,14 @@ class Watch:
         for name in names:
             self._watched.pop(name, None)
 
-    def poll(self, *names: str) -> None:
-        """Look after these actors (none given: all).
+    def poll(self) -> None:
+        """Look after all of them.
 
         Raises:
             Exhausted: one died too often.
             EvolveError: one cannot run for a reason that no restart mends.
         """
-        for watched in [self._watched[name] for name in names] if names else list(self._watched.values()):
+        for watched in list(self._watched.values()):
             health = watched.health
             mended = len(health.recovery_s)
             if watched.poll(time.monotonic()) is Act.STOP:

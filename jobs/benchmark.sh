@@ -6,7 +6,7 @@
 # NAME is a module of benchmarks/. It gets a core of its own and, with GPUS=N, so many GPUs of one node.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-if (($# < 1)) || [[ ! -f benchmarks/$1.py ]]; then
+if (($# < 1)) || [[ ! -f benchmarks/$1.py && ! -f benchmarks/$1/__main__.py ]]; then
   echo "usage: jobs/benchmark.sh NAME [arguments ...]; NAME is a module of benchmarks/" >&2
   exit 2
 fi

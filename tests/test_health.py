@@ -140,6 +140,6 @@ def test_deaths_that_are_long_past_do_not_count() -> None:
 def test_a_successor_that_cannot_be_started_is_a_death_of_its_own() -> None:
     made = healthy()
     made.died(2.0, "killed")
-    assert made.failed_to_start(5.0, "no memory") is Act.KILL
-    assert made.failed_to_start(8.0, "no memory") is Act.STOP
+    assert made.failed(5.0, "no memory") is Act.KILL
+    assert made.failed(8.0, "no memory") is Act.STOP
     assert [death.reason for death in made.deaths] == ["killed", "no memory", "no memory"]

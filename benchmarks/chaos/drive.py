@@ -35,7 +35,7 @@ def drive(engines: str, arguments: Sequence[str]) -> int:
     os.environ["DS_ACCELERATOR"] = "cpu"
     module, _, function = engines.partition(":")
     make = getattr(importlib.import_module(module), function)
-    open_run, workers = stages.open_run, running._workers
+    open_run, workers = stages.open_run, running.trainer_workers
 
     @contextmanager
     def opened(config: Any) -> Iterator[Any]:
@@ -44,7 +44,7 @@ def drive(engines: str, arguments: Sequence[str]) -> int:
             yield run
 
     stages.open_run = opened  # type: ignore[assignment]
-    running._workers = lambda config, device: replace(workers(config, "cpu"), gpu=False)
+    running.trainer_workers = lambda config, device: replace(workers(config, "cpu"), gpu=False)
     return driver.main(arguments)
 
 

@@ -6,7 +6,6 @@ python -m benchmarks.chaos --machines N FILE     writes the cluster's address to
 from __future__ import annotations
 
 import signal
-import sys
 import threading
 import time
 from pathlib import Path
@@ -41,7 +40,3 @@ def serve(count: int, file: Path) -> int:
     finally:
         cluster.shutdown()
     return 0
-
-
-if __name__ == "__main__":
-    sys.exit(serve(int(sys.argv[1]), Path(sys.argv[2])))

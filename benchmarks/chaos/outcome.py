@@ -11,6 +11,7 @@ from typing import Any
 import pyarrow.parquet as pq
 
 from benchmarks.chaos.plan import ROUNDS
+from evolve.disk import asides
 from evolve.files import file_digest
 from evolve.policy.checkpoint import digest
 from evolve.store.run import RunDirectory
@@ -74,7 +75,7 @@ def damage(directory: Path) -> list[str]:
         parts = manifest.get("search", {}).get("parts", {})
         wrong += [name for name, known in parts.items() if file_digest(place.trees / name) != known]
         wrong += [path.name for path in place.trees.glob("part-*") if path.name not in parts]
-    return wrong + [str(path) for path in directory.glob("*lock.json")]
+    return wrong + [str(path) for path in (*directory.glob("*lock.json"), *asides(directory))]
 
 
 def resumptions(directory: Path) -> list[str]:

@@ -42,7 +42,7 @@ def main(argv: Sequence[str]) -> int:
     except ConfigError as error:
         print(error, file=sys.stderr)
         return 2
-    address = address_of(config)
+    address = address_of(config.cluster)
     if address is None:
         found = examine_machine(config)
     else:

@@ -14,6 +14,7 @@ from rich.text import Text
 
 from evolve.doctor.checks import Check, Status, failed
 from evolve.files import publish_json
+from evolve.placement import listed
 
 COLOURS = {Status.OK: "green", Status.WARN: "yellow", Status.FAIL: "bold red"}
 WIDTH = 120
@@ -46,11 +47,10 @@ def table(checks: Sequence[Check], console: Console | None = None) -> None:
     for column in ("", "check", "where", "found"):
         shown.add_column(column, overflow="fold")
     for check, where in grouped(checks):
-        names = ", ".join(where[:NAMES]) + (f" and {len(where) - NAMES} more" if len(where) > NAMES else "")
         what = Text(check.what)
         if check.fix:
             what.append(f"\nfix: {check.fix}", style="italic")
-        shown.add_row(Text(check.status, style=COLOURS[check.status]), check.name, Text(names), what)
+        shown.add_row(Text(check.status, style=COLOURS[check.status]), check.name, Text(listed(where, NAMES)), what)
     console.print(shown)
     bad, odd = (sum(check.status is status for check in checks) for status in (Status.FAIL, Status.WARN))
     verdict = f"{bad} of {len(checks)} checks failed" if failed(checks) else f"all {len(checks)} checks passed"

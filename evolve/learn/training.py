@@ -110,7 +110,8 @@ class Training:
         )
         self.engine = engine.start(objective, job.config)
         self.device = engine.device()
-        self.digest = f"{job.digest()} {self.workers} {len(self.plan)} {int(self.data.lengths.sum())}"
+        self.identity = _first_says(job.digest)
+        self.digest = f"{self.identity} {self.workers} {len(self.plan)} {int(self.data.lengths.sum())}"
 
     def _padding(self) -> int:
         """The id that fills rows. A classifier's must be known to whoever loads it, and end no step."""
@@ -330,7 +331,7 @@ class Training:
             aside = workshop(self.job.partial) / "model"
             ds.write_model(self.model, weights, Path(resolve(self.job.initial)), aside)
             record = {
-                "job": self.job.digest(), "digest": digest(aside), "metrics": metrics, "settings": asdict(self.job)
+                "job": self.identity, "digest": digest(aside), "metrics": metrics, "settings": asdict(self.job)
             }  # fmt: skip
             (aside / RESULT_FILE).write_text(json.dumps(record, indent=1, default=str))
             publish_directory(aside, place(self.job.output))

@@ -91,6 +91,11 @@ class ContinuousBatch:
         """Sequences without a slot."""
         return sum(len(request.lengths) for request in self._waiting)
 
+    @property
+    def occupancy(self) -> float:
+        """Mean share of the slots in use while any was."""
+        return self.busy_slot_s / self.busy_s / self.slots if self.busy_s else 0.0
+
     async def run(self, uncached: int, lengths: Sequence[int]) -> None:
         """Return when a prompt of which `uncached` tokens must be read has been continued by sequences of `lengths`."""
         if self.instant or not lengths:

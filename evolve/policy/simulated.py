@@ -156,7 +156,7 @@ class SimulatedPolicy(StandIn):
         return self._counts | {
             "running": batch.running,
             "waiting": batch.waiting,
-            "occupancy": batch.busy_slot_s / batch.busy_s / batch.slots if batch.busy_s else 0.0,
+            "occupancy": batch.occupancy,
             "busy_s": batch.busy_s,
             "ready_s": 0.0,
             "busy_slot_s": batch.busy_slot_s,

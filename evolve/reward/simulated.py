@@ -53,14 +53,13 @@ class SimulatedPPM(StandIn):
     async def score_steps(self, requests: Sequence[ScoreRequest]) -> list[list[float]]:
         """Unbounded score of every step of each request."""
         await asyncio.gather(*(self._read(request) for request in requests))
-        return [[_noise(step) for step in request.steps] for request in requests]
+        return [[noise(step) for step in request.steps] for request in requests]
 
     async def stats(self) -> dict[str, float]:
         """Requests, and the share of slots in use while any was."""
         batch = self._batch
         batch.settle()
-        occupancy = batch.busy_slot_s / batch.busy_s / batch.slots if batch.busy_s else 0.0
-        return {"requests": self._requests, "occupancy": occupancy, "busy_s": batch.busy_s}
+        return {"requests": self._requests, "occupancy": batch.occupancy, "busy_s": batch.busy_s}
 
     async def _read(self, request: ScoreRequest) -> None:
         self._requests += 1
@@ -70,6 +69,6 @@ class SimulatedPPM(StandIn):
             await self._batch.run(len(ids) - cached, [1])
 
 
-def _noise(step: tuple[int, ...]) -> float:
+def noise(step: tuple[int, ...]) -> float:
     """A fixed number in [-2, 2) of a step's tokens."""
     return zlib.crc32(array("i", step).tobytes()) / 2**30 - 2.0

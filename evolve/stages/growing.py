@@ -14,11 +14,10 @@ from typing import Any
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from evolve.errors import EvolveError
 from evolve.fleet import CLIENT_START_S, Fleet
 from evolve.search.board import Progress
 from evolve.search.shard import SearchJob
-from evolve.service import Question, ServiceError
+from evolve.service import Question, ServiceError, get
 from evolve.store.parts import mended_parts
 from evolve.store.trees import Part
 
@@ -37,8 +36,8 @@ class Growing:
         self._fleet, self._job, self._make_board = fleet, job, make_board
         self.notes: list[str] = []
         """What had to be mended, for the user."""
-        self._growing: dict[Any, str] = {}
-        self._shards: dict[str, Any] = {}
+        self._growing: dict[Any, tuple[str, Any]] = {}
+        """Name and handle of the shard by its call of `grow`."""
         self._stats: dict[str, tuple[Question, dict[str, dict[str, float]]]] = {}
         self._board = self._new_board()
         self._progress = Question(lambda: self._board.progress.remote(), PROGRESS_S)
@@ -57,27 +56,19 @@ class Growing:
         for ref in self._ended():
             self._settle(ref)
         self._hear()
+        self._hear_stats()
         if self.latest is not None and self.latest.failure:
             raise ServiceError(f"round {self._job.plan.round}: {self.latest.failure}")
         if self.latest is not None and self.latest.done and not self._growing:
             return True
-        growing = set(self._growing.values())
+        growing = {name for name, _ in self._growing.values()}
         for group in self._fleet.groups:
             if group.name not in growing:
-                self._growing[group.shard.grow.remote(self._job, self._board)] = group.name
-                self._shards[group.name] = group.shard
+                self._growing[group.shard.grow.remote(self._job, self._board)] = (group.name, group.shard)
         return False
 
     def stats(self) -> list[dict[str, dict[str, float]]]:
         """The newest counters of every shard that has answered; nobody is waited for."""
-        for group in self._fleet.groups:
-            question, known = self._stats.get(group.name) or (Question(group.shard.stats.remote, STATS_S), {})
-            try:
-                known = question.poll(time.monotonic()) or known
-            except (RayActorError, RayTaskError):
-                self._stats.pop(group.name, None)  # of a shard that is being replaced
-                continue
-            self._stats[group.name] = (question, known)
         return [known for _, known in self._stats.values() if known]
 
     def close(self) -> None:
@@ -94,12 +85,10 @@ class Growing:
 
     def _settle(self, ref: Any) -> None:
         """A shard's call of `grow` has ended, for whatever reason."""
-        name = self._growing.pop(ref)
+        name, _ = self._growing.pop(ref)
         try:
-            ray.get(ref)
+            get(ref, SETTLE_S, f"the end of {name}")
         except RayTaskError as error:
-            if isinstance(error.cause, EvolveError):
-                raise error.cause from None
             if not isinstance(error.cause, RayActorError):
                 raise
             # The board is dead; its watch makes another.
@@ -111,13 +100,23 @@ class Growing:
     def _announce(self, name: str) -> None:
         """Tell the board of parts that a shard finished and did not live to announce."""
         for part, keys in mended_parts(self._job.trees, f"part-{name}-*.parquet").trees.items():
-            self._board.durable.remote(Part(part, "", keys))
+            self._board.durable.remote(Part(part, keys))
 
     def _hear(self) -> None:
         try:
             self.latest = self._progress.poll(time.monotonic()) or self.latest
         except RayActorError:
             self.latest = None
+
+    def _hear_stats(self) -> None:
+        for group in self._fleet.groups:
+            question, known = self._stats.get(group.name) or (Question(group.shard.stats.remote, STATS_S), {})
+            try:
+                known = question.poll(time.monotonic()) or known
+            except (RayActorError, RayTaskError):
+                self._stats.pop(group.name, None)  # of a shard that is being replaced
+                continue
+            self._stats[group.name] = (question, known)
 
     def _new_board(self) -> Any:
         """A board that knows the trees on disk; shards that grew for another one are stopped before."""
@@ -131,12 +130,12 @@ class Growing:
         """Have every shard make durable what it has finished; those that do not in time are ended."""
         if not self._growing:
             return
-        for name in self._growing.values():
-            self._shards[name].stop.remote()
+        for _, shard in self._growing.values():
+            shard.stop.remote()
         refs = list(self._growing)
         late = ray.wait(refs, num_returns=len(refs), timeout=SETTLE_S)[1]
         for ref in late:
-            ray.kill(self._shards[self._growing[ref]])
+            ray.kill(self._growing[ref][1])
         if late:
             ray.wait(late, num_returns=len(late), timeout=SETTLE_S)
         self._growing.clear()

@@ -88,6 +88,7 @@ def train(run: Run, k: int) -> None:
     if not missing:
         return
     run.fleet.release()
+    run.resize_trainers()
     for stage in missing:
         initial, settings = stages[stage]
         started = time.monotonic()

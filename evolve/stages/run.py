@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import shlex
-import signal
 import sys
 import time
 from collections.abc import Iterable, Iterator, Mapping
@@ -36,6 +35,7 @@ from evolve.progress import ProgressLine, duration
 from evolve.remote import RemotePath
 from evolve.schema import EvolveConfig
 from evolve.stages.changes import affected
+from evolve.stages.ending import Lifeline, obey_signals
 from evolve.store.lease import driver_lock
 from evolve.store.parts import PATTERN
 from evolve.store.run import RoundDirectory, RunDirectory, RunError
@@ -62,6 +62,11 @@ class Run:
     def ppm(self, round_: int) -> Checkpoint | None:
         """The PPM trained in a round; None for round 0."""
         return None if round_ == 0 else checkpoint(self.directory.round(round_), "ppm")
+
+    def resize_trainers(self) -> None:
+        """Before trainers are started: on GPUs, as many as there are now; nodes may have come or gone."""
+        if self.fleet.device == "gpu":
+            self.trainers.workers = trainer_workers(self.config, self.fleet.device)
 
     def tell(self, notes: list[str]) -> None:
         """Show, once, what was mended: `notes`, and what happened to actors and nodes."""
@@ -124,16 +129,17 @@ def open_run(config: EvolveConfig, engines: Engines = Engines()) -> Iterator[Run
         if device == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, once imported here, warns of it
         publish_file(directory.config, lambda aside: aside.write_text(to_yaml(config)))
-        for number in _SIGNALS:  # after Ray, which sets a handler of its own
-            signal.signal(number, _stop)
+        obey_signals()  # after Ray, which sets a handler of its own
+        lifeline = Lifeline(lock.release, lambda: _safe(directory))
+        ending.callback(lifeline.cut)
         trainers = TrainerGroup(
-            _workers(config, device), directory.path / "trainer", max_failures=config.cluster.restarts
+            trainer_workers(config, device), directory.path / "trainer", max_failures=config.cluster.restarts
         )
         ending.callback(trainers.close)
         if device == "cpu":
             trainers.start()  # its imports run beside what comes before; on GPUs the engines must go first
         base = _base_model(config, directory, line)
-        fleet = Fleet(config, device, engines)
+        fleet = Fleet(config, device, engines, on_wait=lambda what: line.show(f"waiting for shards: {what}"))
         ending.callback(fleet.stop)
         metrics = report.Metrics(directory, config)
         ending.callback(metrics.close)
@@ -145,22 +151,6 @@ def open_run(config: EvolveConfig, engines: Engines = Engines()) -> Iterator[Run
         except EvolveError as error:
             line.end("stopped")
             raise RunError(f"{error}\n{_safe(directory)}") from error
-
-
-_SIGNALS = (signal.SIGINT, signal.SIGTERM)
-
-
-def _stop(number: int, frame: object) -> None:
-    """End in good order on the first signal; a second one, of either kind, ends at once."""
-    for each in _SIGNALS:
-        signal.signal(each, _stop_at_once)
-    print("\nstopping: finished trees are made durable; once more to stop at once", file=sys.stderr)
-    raise KeyboardInterrupt
-
-
-def _stop_at_once(number: int, frame: object) -> None:
-    """Leave everything as it is: what has its final name is whole, and Ray ends what this process started."""
-    os._exit(128 + number)
 
 
 def _safe(directory: RunDirectory) -> str:
@@ -249,7 +239,8 @@ def shared_model(model: str, revision: str | None, copy: Place) -> Checkpoint:
     return Checkpoint(str(copy), verify(copy, found.digest))
 
 
-def _workers(config: EvolveConfig, device: str) -> Workers:
+def trainer_workers(config: EvolveConfig, device: str) -> Workers:
+    """The processes that train: `sft.workers`, or one for each GPU that the cluster has now."""
     gpus = int(ray.cluster_resources().get("GPU", 0))
     count = config.sft.workers or (gpus if device == "gpu" else 2)
     return Workers(count, device == "gpu", config.sft.cpus_per_worker)

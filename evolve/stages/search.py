@@ -111,8 +111,8 @@ def _search_job(
         concurrent_rollouts=config.search.concurrent_rollouts,
         tail_rollouts=config.search.tail_rollouts,
         trees=directory.trees,
-        policy=(policy.path, policy.digest),
-        ppm=(ppm.path, ppm.digest) if ppm else None,
+        policy=policy.named,
+        ppm=ppm.named if ppm else None,
     )
 
 

@@ -15,7 +15,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from evolve.files import Place, file_digest, publish_file, readable
+from evolve.files import Place, publish_file, readable
 from evolve.tree import ROOT, Tree
 from evolve.types import NodeKind, Status
 
@@ -146,10 +146,9 @@ def _tree_from_rows(columns: dict[str, list[Any]], start: int, end: int) -> Tree
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """A durable part file, as the manifest names it."""
+    """A durable part file and the trees in it."""
 
     name: str
-    digest: str
     keys: tuple[TreeKey, ...]
 
 
@@ -159,7 +158,7 @@ def write_part(directory: Place, name: str, trees: Sequence[pa.RecordBatch]) -> 
     path = directory / name
     publish_file(path, lambda aside: pq.write_table(table, aside, compression="zstd", write_page_checksum=True))
     keys = tuple(TreeKey(batch["problem_id"][0].as_py(), batch["tree"][0].as_py()) for batch in trees)
-    return Part(name, file_digest(path), keys)
+    return Part(name, keys)
 
 
 def read_part(path: Place) -> list[Tree]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import json
 import struct
 import subprocess
@@ -15,9 +16,11 @@ if TYPE_CHECKING:
 class Link(asyncio.Protocol):
     """The connection to one supervisor process: frames out, frames in, and the requests it holds."""
 
-    def __init__(self, owner: SandboxVerifier, index: int) -> None:
-        self.owner, self.index = owner, index
+    def __init__(self, owner: SandboxVerifier) -> None:
+        self.owner = owner
+        self.numbers = itertools.count()
         self.held: dict[int, tuple[asyncio.Future[dict[str, Any]], bytes, int]] = {}
+        """Future, bytes and number of processes lost, of each request that has no response yet."""
         self.received = bytearray()
         self.transport: asyncio.Transport | None = None
         self.relaunch: asyncio.Task[None] | None = None
@@ -44,7 +47,13 @@ class Link(asyncio.Protocol):
     def connection_lost(self, exc: Exception | None) -> None:
         self.owner.supervisor_died(self)
 
-    def send(self, number: int, packet: bytes, future: asyncio.Future[dict[str, Any]], attempts: int) -> None:
-        self.held[number] = (future, packet, attempts)
+    async def ask(self, fields: dict[str, Any]) -> dict[str, Any]:
+        """Send a request, now or when there is a process again, and wait for its response."""
+        number = next(self.numbers)
+        body = json.dumps({**fields, "i": number}, separators=(",", ":")).encode()
+        packet = struct.pack(">I", len(body)) + body
+        future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
+        self.held[number] = (future, packet, 0)
         if self.transport is not None:
             self.transport.write(packet)
+        return await future

@@ -11,7 +11,6 @@ import asyncio
 import json
 import os
 import socket
-import struct
 import subprocess
 import sys
 import warnings
@@ -63,7 +62,6 @@ class SandboxVerifier:
         self._closed = False
         self._starting: asyncio.Lock | None = None
         self._room = asyncio.Semaphore(config.queue)
-        self._number = 0
         self._counts: Counter[str] = Counter()
         self._verdicts: OrderedDict[str, Verdict] = OrderedDict()
         self._digests: OrderedDict[str, str] = OrderedDict()
@@ -71,11 +69,6 @@ class SandboxVerifier:
         self._cpu_s = self._wall_s = 0.0
 
     # ------------------------------------------------------------------ life
-
-    @property
-    def tier(self) -> str:
-        """The isolation layers that are active, for the run's record."""
-        return "not started" if self.layers is None else self.layers.tier
 
     async def describe(self) -> dict[str, Any]:
         """`tier`, and `missing`: what this machine lacks and how to add it."""
@@ -103,7 +96,7 @@ class SandboxVerifier:
             for lack in self.layers.missing:
                 warnings.warn(f"the sandbox lacks a layer: {lack}", RuntimeWarning, stacklevel=2)
             count = self.config.supervisors or len(os.sched_getaffinity(0))
-            links = [Link(self, index) for index in range(count)]
+            links = [Link(self) for _ in range(count)]
             for link in links:
                 await self._launch(link)
             self._links = links
@@ -197,12 +190,7 @@ class SandboxVerifier:
         await self.start()
         link = self._links[zlib.crc32(problem_id.encode("utf-8", "surrogatepass")) % len(self._links)]
         async with self._room:
-            self._number += 1
-            fields["i"] = self._number
-            body = json.dumps(fields, separators=(",", ":")).encode()
-            future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-            link.send(self._number, struct.pack(">I", len(body)) + body, future, 0)
-            return await future
+            return await link.ask(fields)
 
     async def check(self, problem: Problem, parent: tuple[str, ...], step: str) -> Verdict:
         """Execute `step` in the interpreter state left by `parent`, the code of the steps before it.
@@ -382,13 +370,8 @@ class SandboxVerifier:
         """Counters since the start, and gauges summed over the supervisors."""
         total: Counter[str] = Counter()
         for link in self._links:
-            if link.transport is None:
-                continue
-            self._number += 1
-            body = json.dumps({"o": "S", "i": self._number}).encode()
-            future: asyncio.Future[dict[str, Any]] = asyncio.get_running_loop().create_future()
-            link.send(self._number, struct.pack(">I", len(body)) + body, future, 0)
-            total.update((await future).get("stats", {}))
+            if link.transport is not None:
+                total.update((await link.ask({"o": "S"})).get("stats", {}))
         total.update({name: value for name, value in self._counts.items() if name not in total})
         return {**total, "cpu_s": self._cpu_s, "wall_s": self._wall_s}
 

@@ -40,11 +40,16 @@ class Snapshots:
 
     def surplus(self) -> Iterator[Node]:
         """What must go while the budget is exceeded; never the newest, nor one that is being forked."""
+        if not self._too_much():  # as after nearly every step
+            return
         for candidate in list(self.nodes.values())[:-1]:
-            if self.memory <= self.budget and len(self.nodes) <= self.most:
+            if not self._too_much():
                 return
             if candidate.forking == 0:
                 yield candidate
+
+    def _too_much(self) -> bool:
+        return self.memory > self.budget or len(self.nodes) > self.most
 
     def discard(self, node: Node) -> None:
         """Forget a node, if it is kept."""

@@ -125,7 +125,7 @@ def no_ray_and_no_files(monkeypatch: pytest.MonkeyPatch) -> None:
         return function(*arguments)
 
     def keep_nothing(directory: Path, name: str, trees: Sequence[Any]) -> Part:
-        return Part(name, "", tuple(TreeKey(tree["problem_id"][0].as_py(), 0) for tree in trees))
+        return Part(name, tuple(TreeKey(tree["problem_id"][0].as_py(), 0) for tree in trees))
 
     monkeypatch.setattr(shard, "ray", SimpleNamespace(put=lambda batch: batch))
     monkeypatch.setattr(shard, "write_part", keep_nothing)

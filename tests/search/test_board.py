@@ -92,7 +92,7 @@ def test_trees_published_by_a_shard_that_died_before_they_were_durable_are_grown
     some = board(tmp_path, plan(retry_trees=0))
     taken = some.take("dies", 4)
     some.publish("dies", [(summary(p.id, 0, correct=1), [None]) for p in PROBLEMS])
-    some.durable(Part("part-a.parquet", "", (TreeKey("p0", 0),)))
+    some.durable(Part("part-a.parquet", (TreeKey("p0", 0),)))
     assert some.progress().solved == 4
     some.give_back("dies")
     progress = some.progress()
@@ -177,7 +177,7 @@ def test_a_round_is_done_only_when_its_trees_are_durable(tmp_path: Path) -> None
     tasks = some.take("s", 8) or []
     some.publish("s", [(summary(task.problem.id, 0, correct=1), [None]) for task in tasks])
     assert not some.progress().done
-    some.durable(Part("part-a.parquet", "", tuple(TreeKey(p.id, 0) for p in PROBLEMS)))
+    some.durable(Part("part-a.parquet", tuple(TreeKey(p.id, 0) for p in PROBLEMS)))
     assert some.progress().done
 
 
@@ -234,7 +234,7 @@ def test_the_batch_of_a_tree_leaves_the_object_store_once_the_tree_is_durable(tm
     some.publish("s", [(summary("p0", 0, correct=1), ["the batch"])])
     assert some.sources("p0").batches == ("the batch",)
     assert some.sources("p1").batches == ()
-    some.durable(Part("part-a.parquet", "", (TreeKey("p0", 0),)))
+    some.durable(Part("part-a.parquet", (TreeKey("p0", 0),)))
     assert (some.sources("p0").batches, some.sources("p0").parts) == ((), (tmp_path / "part-a.parquet",))
 
 

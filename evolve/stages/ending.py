@@ -1,0 +1,66 @@
+"""How a run ends before its time: in good order on a signal, at once on a second one, and with the Ray it has started.
+
+A signal may be meant for a whole process group or control group (`scancel`, systemd), so that Ray's own processes get
+it too. Calls to a Ray that is gone would hang for a minute, and then end the process without a word.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable
+
+from evolve import cluster
+
+SIGNALS = (signal.SIGINT, signal.SIGTERM)
+LOOK_S = 1.0
+_told = 0
+"""The signal that this process was told to stop by."""
+
+
+def obey_signals() -> None:
+    """From now on raise KeyboardInterrupt on the first signal; a second one, of either kind, ends the process."""
+    for number in SIGNALS:
+        signal.signal(number, _stop)
+
+
+def _stop(number: int, frame: object) -> None:
+    global _told
+    _told = number
+    for each in SIGNALS:
+        signal.signal(each, _stop_at_once)
+    print("\nstopping: finished trees are made durable; once more to stop at once", file=sys.stderr)
+    raise KeyboardInterrupt
+
+
+def _stop_at_once(number: int, frame: object) -> None:
+    """Leave everything as it is: what has its final name is whole, and Ray ends what this process started."""
+    os._exit(128 + number)
+
+
+class Lifeline:
+    """Ends this process when the Ray that it has started is dead, which ends all that ran there."""
+
+    def __init__(self, last_act: Callable[[], None], safe: Callable[[], str]) -> None:
+        """`last_act` is called before the end; `safe` says what is kept."""
+        self._last_act, self._safe = last_act, safe
+        self._cut = threading.Event()
+        self._thread = threading.Thread(target=self._look, name="lifeline", daemon=True)
+        self._thread.start()
+
+    def cut(self) -> None:
+        """From now on that Ray may end."""
+        self._cut.set()
+        self._thread.join()
+
+    def _look(self) -> None:
+        while not self._cut.wait(LOOK_S):
+            if dead := cluster.dead_daemons():
+                why = "as it was told to stop" if _told else "which this run needs"
+                print(
+                    f"\nstopped: Ray's {' and '.join(dead)} ended, {why}\n{self._safe()}", file=sys.stderr, flush=True
+                )
+                self._last_act()
+                os._exit(128 + _told if _told else 1)
