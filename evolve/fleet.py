@@ -21,7 +21,7 @@ from evolve.attach import live_nodes
 from evolve.cluster import alive_nodes, bundle, largest_free, layout, may_grow, shard_count
 from evolve.evaluate import Evaluator
 from evolve.health import Limits
-from evolve.placement import Need, Node, amount, listed
+from evolve.placement import Layout, Need, Node, amount, listed
 from evolve.policy.engine import PolicyEngine
 from evolve.reward.ppm import PPMEngine
 from evolve.schema import EngineConfig, EvolveConfig
@@ -207,15 +207,24 @@ class Fleet:
         return bundle(self.config, self._serving.engine, self.device, self._serving.ppm is not None)
 
     def _recruit(self, nodes: dict[str, Node]) -> None:
-        """Ask for as many groups as there is room for, and where nodes may come for all that are wanted: a placement
-        group that waits is what an autoscaler adds nodes for."""
+        """Ask for as many groups as there is room for, and where nodes may come for more."""
         need = self._need()
-        found = layout(self.config, need, nodes.values())
-        asked = max(found.placed, found.wanted) if may_grow(self.config.cluster) else found.placed
-        for _ in range(asked - len(self.groups) - len(self._joining)):
+        for _ in range(self._asked(layout(self.config, need, nodes.values())) - len(self.groups) - len(self._joining)):
             name = f"shard-{self._numbered}"
             self._numbered += 1
             self._joining.append(Group(name, placement_group([need], strategy="STRICT_PACK", name=name)))
+
+    def _asked(self, found: Layout) -> int:
+        """How many groups there should be. A placement group that waits is what an autoscaler adds nodes for.
+
+        Where no number is set, as many again as fit, so that a cluster with GPUs doubles until it has all nodes it may.
+        """
+        cluster = self.config.cluster
+        if not may_grow(cluster):
+            return found.placed
+        if cluster.shards is None and self.device == "gpu":
+            return max(1, 2 * found.placed)
+        return max(found.placed, found.wanted)
 
     def _join(self, nodes: dict[str, Node]) -> None:
         """Start the actors of groups that were placed; those whose actors are ready begin to work."""

@@ -317,7 +317,7 @@ class ClusterConfig:
     device: Device = Device.auto
     shards: int | None = None
     """Engine groups; null: as many as fit, and at least one. In a cluster that was joined work begins with those there
-    is room for; the others wait for nodes, which an autoscaler adds for them."""
+    is room for; the others wait for nodes, which an autoscaler adds: with null, on GPUs, up to its own maximum."""
     verifier_cpus: float = 1.0
     """CPUs of one shard's verifier."""
     placement_timeout_s: float = 1800.0
