@@ -82,7 +82,9 @@ def local_ray(cpus: int = 2) -> Iterator[None]:
 
 
 def cpu_seconds() -> dict[str, float]:
-    """CPU seconds so far of this process and all that descend from it, children that ended included, by name.
+    """CPU seconds so far of this process and all that descend from it, by name.
+
+    Of processes that have ended only those are counted that somebody waited for.
 
     Ray's own processes are among them where this process started Ray. An actor is named as its class.
     """
@@ -96,6 +98,12 @@ def cpu_seconds() -> dict[str, float]:
         name = "driver" if process == me else _role(words)
         found[name] = found.get(name, 0.0) + sum(times[:4])
     return found
+
+
+def machine_seconds() -> float:
+    """CPU seconds that this machine has spent so far on anything, processes that ended included."""
+    times = psutil.cpu_times()
+    return float(times.user + times.nice + times.system + times.irq + times.softirq)
 
 
 def spent(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, float]:

@@ -4,7 +4,7 @@
 
 The model is the tiny world's, pre-trained here for as long as it takes to write steps that parse; vLLM's CPU build
 serves it. First a shard grows trees with it. Then a fresh engine, so that nothing is cached, gets the very requests
-that the search made, all in one call: what no search can beat, for a search cannot ask for what it does not know yet.
+that the search made, all in one call, by depth: no search can beat that: it cannot ask for what it does not know yet.
 
 How cores are made equal: in both runs the engine's process is bound to one core with one thread, and everything else
 to the others; the ratio is of generated tokens a second, first request to last answer.
@@ -56,16 +56,19 @@ def bind(cores: set[int]) -> None:
         os.sched_setaffinity(int(thread.name), cores)
 
 
-def requests_of(tree: Tree, job: SearchJob) -> list[Request]:
-    """What a search asked its policy for while it grew a tree, in order."""
-    nodes = sorted((node for node in range(len(tree)) if tree.is_expanded(node)), key=lambda n: tree.expanded_at[n])
+def requests_of(tree: Tree, job: SearchJob) -> list[tuple[int, Request]]:
+    """What a search asked its policy for while it grew a tree, each with the depth of the node it continued."""
     return [
         (
-            tree.prefix_ids(node),
-            job.plan.candidates,
-            replace(job.sampling, seed=derive(tree.seed, *tree.continuation_ids(node))),
+            tree.depth[node],
+            (
+                tree.prefix_ids(node),
+                job.plan.candidates,
+                replace(job.sampling, seed=derive(tree.seed, *tree.continuation_ids(node))),
+            ),
         )
-        for node in nodes
+        for node in range(len(tree))
+        if tree.is_expanded(node)
     ]
 
 
@@ -77,11 +80,13 @@ def measure(
         job = scene.job_of(scene.plan(rollouts, 6), Path(directory), concurrent_trees=96)
         job = replace(job, policy=checkpoint, sampling=replace(job.sampling, max_tokens=96))
         member = scene.member(0, partial(Pinned, make, core), scene.sandbox(1))
-        _, search_s = scene.grow([member], problems, job, poll_s=0.1)
+        _, search_s = scene.grow(scene.Still([member]), problems, job, poll_s=0.1)
         search = member.stats()
         member.close()
         trees = [tree for part in sorted(Path(directory).glob("*.parquet")) for tree in read_part(part)]
-    asked = [request for tree in trees for request in requests_of(tree, job)]
+    # By depth, so that what a step continues is cached by then, as it is in the search.
+    by_depth = sorted((each for tree in trees for each in requests_of(tree, job)), key=lambda each: each[0])
+    asked = [request for _, request in by_depth]
     answered = search["requests"] + search["refused"]
     if len(asked) != answered:
         raise RuntimeError(f"the trees tell of {len(asked)} requests, the engine of {answered:.0f}")

@@ -65,7 +65,7 @@ def grow(
             policy=policy.named,
             ppm=ppm.named if ppm and plan.value is ValueKind.ppm else None,
         )
-        progress, seconds = scene.grow(fleet.groups, problems, job)
+        progress, seconds = scene.grow(fleet, problems, job)
         if progress.trees != len(problems):
             raise RuntimeError(f"{len(problems)} trees were asked for and {progress.trees} grown")
         return [tree for part in entries(job.trees, "*.parquet") for tree in read_part(part)], seconds

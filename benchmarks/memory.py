@@ -53,7 +53,7 @@ def measure(trees: int, at_once: int = 64) -> dict[str, Any]:
         member = scene.member(0, scene.engine(256, math.inf), scene.SumVerifier)
         job = scene.job_of(scene.plan(rollouts=2, candidates=2), Path(directory), at_once)
         problems = sum_problems(trees, 6, shortest=2, longest=4)
-        progress, seconds = scene.grow([member], problems, job, watch, poll_s=0.2)
+        progress, seconds = scene.grow(scene.Still([member]), problems, job, watch)
         parts = len(list(Path(directory).glob("*.parquet")))
         member.close()
     late = [row for row in rows if row["trees"] >= trees / 10 and all(role in row for role in WATCHED)]

@@ -138,7 +138,7 @@ def one_schedule(
     job = scene.job_of(scene.plan(rollouts), trees, at_once)
     started = time.monotonic()
     if schedule == "shard":
-        done = scene.grow([member], problems, job)[0].rollouts
+        done = scene.grow(scene.Still([member]), problems, job)[0].rollouts
     else:
         done = asyncio.run(grow_in_lockstep(member, problems, job))
     seconds = time.monotonic() - started
@@ -172,6 +172,7 @@ def measure(trees: int, slots: int = 256, speed: float = 1.0, rollouts: int = 2,
         "trees": trees,
         "slots": slots,
         "speed": speed,
+        "candidates_in_flight_a_slot": at_once * scene.plan().candidates / slots,
         "busy": ours["busy"],
         "busy_in_tail": ours["tail"],
         "busy_whole_run": ours["whole"],

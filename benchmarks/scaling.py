@@ -97,17 +97,19 @@ def one_size(nodes: Sequence[str], trees_a_shard: int, speed: float, full_size: 
             members.append(scene.member(number, partial(Node, slots, speed), None, placed))
         job = scene.job_of(scene.plan(rollouts=1), Path(directory, "trees"), at_once)
         warm = scene.job_of(scene.plan(rollouts=1, candidates=2), Path(directory, "warm"), at_once)
-        scene.grow(members, sum_problems(shards, 4, longest=3), warm, poll_s=0.2)
+        fleet = scene.Still(members)
+        scene.grow(fleet, sum_problems(shards, 4, longest=3), warm)
         before, counted = cpu_seconds(), {name: total(members, name) for name in ("requests", "generated_tokens")}
         problems = [
             replace(problem, id=f"{problem.id}-{copy}")
             for problem in sum_problems(trees_a_shard, 5)
             for copy in range(shards)
         ]
-        progress, seconds = scene.grow(members, problems, job)
+        progress, seconds = scene.grow(fleet, problems, job)
         parts = spent(before, cpu_seconds())
         candidates = (total(members, "requests") - counted["requests"]) * job.plan.candidates
         tokens = total(members, "generated_tokens") - counted["generated_tokens"]
+        occupancy = total(members, "occupancy") / shards
         for member in members:
             member.close()
     return {
@@ -117,6 +119,7 @@ def one_size(nodes: Sequence[str], trees_a_shard: int, speed: float, full_size: 
         "trees_per_s": progress.trees / seconds,
         "candidates_per_s": candidates / seconds,
         "tokens_per_candidate": tokens / candidates,
+        "occupancy": occupancy,
         "cpu_ms_per_candidate": sum(parts.get(name, 0.0) for name in OURS) * 1e3 / candidates,
         "driver_ms_per_tree": parts.get("driver", 0.0) * 1e3 / progress.trees,
         "board_ms_per_tree": parts.get("Board", 0.0) * 1e3 / progress.trees,
@@ -131,7 +134,7 @@ def total(members: Sequence[scene.Member], counter: str) -> float:
 
 
 def measure(
-    sizes: Sequence[int], trees_a_shard: int = 10, full_trees: int = 64, full_speed: float = 1.0
+    sizes: Sequence[int], trees_a_shard: int = 20, full_trees: int = 64, full_speed: float = 1.0
 ) -> dict[str, Any]:
     """All sizes, one after the other, in a cluster of their own; engines are `full_speed` times real at most."""
     with pretended_nodes() as nodes:
@@ -161,7 +164,7 @@ def measure(
 def main() -> int:
     made = parser("scaling", __doc__)
     made.add_argument("--shards", type=int, nargs="+", default=[1, 2, 4, 8, 16], help="sizes (1 2 4 8 16)")
-    made.add_argument("--trees", type=int, default=10, help="trees a shard (10)")
+    made.add_argument("--trees", type=int, default=20, help="trees a shard (20)")
     arguments = made.parse_args()
     record = measure(sorted(arguments.shards), arguments.trees)
     show_rows(
@@ -172,6 +175,7 @@ def main() -> int:
             "seconds": "seconds",
             "trees_per_s": "trees/s",
             "efficiency": "efficiency",
+            "occupancy": "engine full",
             "driver_ms_per_tree": "driver ms/tree",
             "board_ms_per_tree": "board ms/tree",
             "cpu_ms_per_candidate": "CPU ms/candidate",

@@ -9,10 +9,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import ray
 
+from evolve.health import Limits
 from evolve.policy.batching import Rates
 from evolve.policy.formats import format_named
 from evolve.policy.simulated import SimulatedPolicy
@@ -21,10 +22,14 @@ from evolve.search.board import Board, Progress
 from evolve.search.budget import EscalatingBudget
 from evolve.search.shard import SearchJob, Shard
 from evolve.service import ServiceHost, get
+from evolve.stages.growing import Growing, Shards
+from evolve.store.parts import mended_parts
 from evolve.types import Outcome, Problem, RoundPlan, Sampling, Status, Verdict
 from evolve.verify.service import SandboxVerifier
+from evolve.watch import Watch
 
 TIMEOUT_S = 3600.0
+START_S = 300.0
 _LAST_NUMBER = re.compile(r"\d+")
 CHECKPOINT = ("simulated", "simulated")
 
@@ -61,6 +66,7 @@ class SumVerifier:
 class Member:
     """One shard and its services."""
 
+    name: str
     shard: Any
     policy: Any
     verifier: Any
@@ -99,9 +105,10 @@ def member(
         if make is not None
     ]
     get([host.start.remote() for host in hosts], 120, "the simulated services")
-    arguments = (f"shard-{number}", hosts[0], hosts[-1], None, TIMEOUT_S)
+    name = f"shard-{number}"
+    arguments = (name, hosts[0], hosts[-1], None, TIMEOUT_S)
     shard = ray.remote(Shard).options(max_concurrency=100, **settings).remote(*arguments)
-    return Member(shard, hosts[0], hosts[-1])
+    return Member(name, shard, hosts[0], hosts[-1])
 
 
 def plan(rollouts: int = 8, candidates: int = 8) -> RoundPlan:
@@ -128,40 +135,45 @@ def job_of(round_plan: RoundPlan, trees: Path, concurrent_trees: int, concurrent
     )
 
 
-class HasShard(Protocol):
-    """A `Member`, or a group of a fleet."""
+class Still:
+    """Members as a fleet that no node joins or leaves; their actors are watched as a fleet's are."""
 
-    @property
-    def shard(self) -> Any:
-        """Its tree grower."""
-        ...
+    def __init__(self, members: Sequence[Member]) -> None:
+        self.groups = members
+        self.watch = Watch(Limits(restarts=0, window_s=60.0, suspect_s=60.0, silence_s=300.0))
+        for one in members:
+            for role in ("shard", "policy", "verifier"):
+                self.watch.add(f"{role} of {one.name}", getattr(one, role), START_S, hosted=False)
+
+    def poll(self) -> None:
+        """Look after the actors."""
+        self.watch.poll()
 
 
 def grow(
-    members: Sequence[HasShard],
+    fleet: Shards,
     problems: Sequence[Problem],
     job: SearchJob,
     watch: Callable[[Progress], None] | None = None,
-    poll_s: float = 1.0,
+    poll_s: float = 0.2,
 ) -> tuple[Progress, float]:
-    """Grow a tree for every problem; returns the final progress and the seconds it took."""
+    """Grow a tree for every problem as a driver does; returns the final progress and the seconds it took."""
     job.trees.mkdir(parents=True, exist_ok=True)
-    board: Any = (
-        ray.remote(Board).options(num_cpus=0).remote(EscalatingBudget(job.plan), problems, (), job.trees, len(members))
-    )
-    get(board.progress.remote(), 120, "the board")
+    made = ray.remote(Board).options(num_cpus=0)
+    growing = Growing(fleet, job, lambda: made.remote(EscalatingBudget(job.plan), problems, (), job.trees))
     started = time.monotonic()
-    pending = [m.shard.grow.remote(job, board) for m in members]
-    while pending:
-        if time.monotonic() - started > TIMEOUT_S:
-            raise TimeoutError(f"the trees were not grown within {TIMEOUT_S:.0f} s")
-        done, pending = ray.wait(pending, num_returns=len(pending), timeout=poll_s)
-        get(done, 60, "a shard's result")
-        if watch is not None:
-            watch(get(board.progress.remote(), 60, "the board's progress"))
-    seconds = time.monotonic() - started
-    progress: Progress = get(board.progress.remote(), 60, "the board's progress")
-    ray.kill(board)
-    if progress.failure or not progress.done:
-        raise RuntimeError(f"the round did not end as it should: {progress.failure or progress}")
+    try:
+        while not growing.poll():
+            if time.monotonic() - started > TIMEOUT_S:
+                raise TimeoutError(f"the trees were not grown within {TIMEOUT_S:.0f} s")
+            if watch is not None and growing.latest is not None:
+                watch(growing.latest)
+            time.sleep(poll_s)
+        seconds = time.monotonic() - started
+    finally:
+        growing.close()
+    progress = growing.latest
+    assert progress is not None
+    if (found := mended_parts(job.trees).count) != progress.trees:
+        raise RuntimeError(f"{progress.trees} trees were counted, and there are {found}")
     return progress, seconds

@@ -8,18 +8,19 @@ are durable, and gets the others back; so a tree is counted once, and grown agai
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Protocol
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
-from evolve.fleet import CLIENT_START_S, Fleet
+from evolve.fleet import CLIENT_START_S
 from evolve.search.board import Progress
 from evolve.search.shard import SearchJob
 from evolve.service import Question, ServiceError, get
-from evolve.store.parts import mended_parts
+from evolve.store.parts import mended_parts, tree_keys
 from evolve.store.trees import Part
+from evolve.watch import Watch
 
 PROGRESS_S = 0.5
 STATS_S = 2.0
@@ -28,10 +29,25 @@ SETTLE_S = 20.0
 BOARD = "board"
 
 
+class Shards(Protocol):
+    """What grows trees: a fleet, or what stands where one does."""
+
+    watch: Watch
+
+    @property
+    def groups(self) -> Sequence[Any]:
+        """Those at work, each with a `name` and its `shard`."""
+        ...
+
+    def poll(self) -> None:
+        """Look after their actors."""
+        ...
+
+
 class Growing:
     """Grows the trees of one round on a fleet; whoever waits for it calls `poll` about once a second."""
 
-    def __init__(self, fleet: Fleet, job: SearchJob, make_board: Callable[[], Any]) -> None:
+    def __init__(self, fleet: Shards, job: SearchJob, make_board: Callable[[], Any]) -> None:
         """`make_board` makes the actor from the part files that are there."""
         self._fleet, self._job, self._make_board = fleet, job, make_board
         self.notes: list[str] = []
@@ -99,8 +115,8 @@ class Growing:
 
     def _announce(self, name: str) -> None:
         """Tell the board of parts that a shard finished and did not live to announce."""
-        for part, keys in mended_parts(self._job.trees, f"part-{name}-*.parquet").trees.items():
-            self._board.durable.remote(Part(part, keys))
+        for part in mended_parts(self._job.trees, f"part-{name}-*.parquet").trees:
+            self._board.durable.remote(Part(part, tree_keys(self._job.trees / part)))
 
     def _hear(self) -> None:
         try:

@@ -27,40 +27,40 @@ DAMAGED = "damaged-"
 class Parts:
     """The part files of a round."""
 
-    trees: Mapping[str, tuple[TreeKey, ...]]
-    """Which trees each holds, by its name; no tree occurs twice."""
+    trees: Mapping[str, int]
+    """How many trees each holds, by its name; no tree occurs twice."""
     notes: tuple[str, ...]
     """What had to be mended."""
 
     @property
     def count(self) -> int:
         """Trees in all parts together."""
-        return sum(map(len, self.trees.values()))
+        return sum(self.trees.values())
 
 
 def mended_parts(directory: Place, pattern: str = PATTERN) -> Parts:
     """The part files in `directory` whose names fit, once those that cannot be read are set aside and second copies of
     trees dropped.
 
-    For the one driver of the run, while nothing is being written there.
+    For the one driver of the run, while nothing is being written there. Of a tree only a hash is held.
     """
-    known: set[TreeKey] = set()
-    trees: dict[str, tuple[TreeKey, ...]] = {}
+    known: set[int] = set()
+    trees: dict[str, int] = {}
     notes: list[str] = []
     for path in entries(directory, pattern):
         try:
-            keys = _keys(path)
+            keys = tree_keys(path)
         except (OSError, pa.ArrowException, ValueError) as error:
             notes.append(set_aside(path, str(error).splitlines()[0]))
             continue
-        twice = known.intersection(keys)
+        twice = {key for key in keys if hash(key) in known}
         if twice:
             notes.append(f"{path}: {len(twice)} of its {len(keys)} trees were in another part already; dropped")
             keys = tuple(key for key in keys if key not in twice)
             _keep_only(path, keys)
         if keys:
-            known.update(keys)
-            trees[path.name] = keys
+            known.update(map(hash, keys))
+            trees[path.name] = len(keys)
     return Parts(trees, tuple(notes))
 
 
@@ -82,7 +82,12 @@ def damaged_parts(directory: Place, recorded: Mapping[str, str]) -> dict[str, st
     return found
 
 
-def _keys(path: Place) -> tuple[TreeKey, ...]:
+def tree_keys(path: Place) -> tuple[TreeKey, ...]:
+    """Which trees a part holds.
+
+    Raises:
+        ValueError, OSError, pyarrow.ArrowException: it is damaged.
+    """
     table = pq.read_table(readable(path), columns=["problem_id", "tree", "node"], page_checksum_verification=True)
     roots = table.filter(pc.field("node") == ROOT)
     if table.num_rows and not roots.num_rows:

@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 
 from evolve.files import file_digest
-from evolve.store.parts import damaged_parts, mended_parts
-from evolve.store.trees import TreeKey, read_part, to_batch, write_part
+from evolve.store.parts import damaged_parts, mended_parts, tree_keys
+from evolve.store.trees import read_part, to_batch, write_part
 from evolve.tree import Tree
 from evolve.types import NodeKind
 
@@ -23,17 +23,14 @@ def write(directory: Path, name: str, *problems: str) -> Path:
 
 
 def keys(directory: Path) -> set[str]:
-    return {key.problem_id for found in mended_parts(directory).trees.values() for key in found}
+    return {key.problem_id for name in mended_parts(directory).trees for key in tree_keys(directory / name)}
 
 
 def test_whole_parts_are_left_as_they_are(tmp_path: Path) -> None:
     files = [write(tmp_path, "part-a.parquet", "p0", "p1"), write(tmp_path, "part-b.parquet", "p2")]
     before = [file_digest(path) for path in files]
     parts = mended_parts(tmp_path)
-    assert parts.trees == {
-        "part-a.parquet": (TreeKey("p0", 0), TreeKey("p1", 0)),
-        "part-b.parquet": (TreeKey("p2", 0),),
-    }
+    assert parts.trees == {"part-a.parquet": 2, "part-b.parquet": 1}
     assert (parts.count, parts.notes) == (3, ())
     assert [file_digest(path) for path in files] == before
 
@@ -70,10 +67,7 @@ def test_a_tree_in_two_parts_is_kept_once_and_the_others_of_its_part_stay(tmp_pa
     write(tmp_path, "part-b.parquet", "p1", "p2")
     write(tmp_path, "part-c.parquet", "p0", "p2")
     parts = mended_parts(tmp_path)
-    assert parts.trees == {
-        "part-a.parquet": (TreeKey("p0", 0), TreeKey("p1", 0)),
-        "part-b.parquet": (TreeKey("p2", 0),),
-    }
+    assert parts.trees == {"part-a.parquet": 2, "part-b.parquet": 1}
     assert [t.problem_id for t in read_part(tmp_path / "part-b.parquet")] == ["p2"]
     assert not (tmp_path / "part-c.parquet").exists()
     assert len(parts.notes) == 2
