@@ -18,7 +18,7 @@ TARGETS = {
     "driver": ("base", "search", "rows", "sft", "ppm", "evaluation"),
     "interrupt": ("search", "sft", "ppm", "evaluation"),
     "engine": ("search", "evaluation"),
-    "ppm": ("evaluation",),
+    "ppm": ("search", "evaluation"),
     "verifier": ("search", "evaluation"),
     "supervisor": ("search", "evaluation"),
     "interpreter": ("search", "evaluation"),
@@ -68,8 +68,8 @@ class Kill:
 
 
 def works(target: str, stage: Stage) -> bool:
-    """Whether a target works in a stage; the base model has no PPM."""
-    return stage[0] in TARGETS[target] and not (target == "ppm" and stage[1] == 0)
+    """Whether a target works in a stage; the base model has no PPM, and the first search uses none."""
+    return stage[0] in TARGETS[target] and not (target == "ppm" and stage in (("evaluation", 0), ("search", 1)))
 
 
 def plan_kills(count: int, seed: int, targets: Sequence[str]) -> list[Kill]:

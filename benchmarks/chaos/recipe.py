@@ -11,13 +11,16 @@ _SCRIPTED = (
     "sft.replay=20",
 )  # fmt: skip
 """For scripted engines the base model only has to be one."""
-_TWO_ROUNDS = ("problems.per_round=60", "problems.test_size=24")
+_TWO_ROUNDS = (
+    "problems.per_round=60", "problems.test_size=24",
+    "rounds=[{generator: bootstrap, value: terminal}, {generator: previous, value: ppm}]",
+)  # fmt: skip
 
 SCRIPTED = (*_SCRIPTED, *_TWO_ROUNDS)
 """Two rounds with every stage, for scripted engines."""
 SCRIPTED_ROUND = (*_SCRIPTED, "round=1", "problems.per_round=30", "problems.test_size=8")
 """One round, smaller still."""
-SERVED = (*_EITHER, *_TWO_ROUNDS, "cluster.shards=1", "toy.pretrain_steps=300")
+SERVED = (*_EITHER, *_TWO_ROUNDS, "cluster.shards=1", "cluster.device=cpu", "toy.pretrain_steps=300")
 """Two rounds for vLLM, with a base model that solves some problems."""
 
 ONE_A_NODE = ("policy.engine.gpus=0.55",)
