@@ -32,10 +32,10 @@ from evolve.search.budget import (
 )
 from evolve.service import get
 from evolve.store.trees import Part, TreeKey
-from evolve.types import Problem
+from evolve.types import Problem, Status
 
 MAX_ATTEMPTS = 3
-"""How often a tree is begun before the round stops with an error."""
+"""How often a tree is begun, its shard having died each time, before the round stops with an error."""
 
 
 @dataclass(slots=True)
@@ -159,16 +159,10 @@ class Board:
             self._name_part(key.problem_id, part.name)
             self._live.pop(key, None)
 
-    def give_up(self, failed: Sequence[tuple[TreeKey, str]]) -> None:
-        """Trees that a shard could not grow, each with the reason; they are queued again, at most so often."""
-        for key, reason in failed:
-            if key in self._in_flight:
-                self._again(key, reason)
-
     def give_back(self, shard: str) -> None:
         """A shard died: queue all it held again, what it had published but not made durable included."""
         for key in [key for key, (owner, _) in self._in_flight.items() if owner == shard]:
-            self._again(key, "its shard died")
+            self._again(key)
         for key, live in [(key, live) for key, live in self._live.items() if live.shard == shard]:
             del self._live[key]
             self._count(live.summary, -1)
@@ -243,11 +237,11 @@ class Board:
             heapq.heappop(self._queue)
             self._close(task.problem.id)
 
-    def _again(self, key: TreeKey, reason: str) -> None:
+    def _again(self, key: TreeKey) -> None:
         """Queue a tree in flight again, or fail the round."""
         task = self._land(key)
         if self._attempts[key] >= MAX_ATTEMPTS:
-            self._failure = f"tree {key.number} of problem {key.problem_id} failed {MAX_ATTEMPTS} times: {reason}"
+            self._failure = f"shards died {MAX_ATTEMPTS} times while tree {key.number} of problem {key.problem_id} grew"
         self._push(task)
 
     def _name_part(self, problem_id: str, name: str) -> None:
@@ -337,11 +331,14 @@ class Summaries:
     def __iter__(self) -> Iterator[tuple[TreeSummary, str]]:
         columns = ["rollouts", "sampled_tokens", "scored_tokens", "infrastructure_failures"]
         for name in self.parts:
-            wanted = ["problem_id", "tree", "correct", "code", *columns]
+            wanted = ["problem_id", "tree", "correct", "code", "status", *columns]
             table = pq.read_table(readable(self.directory / name), columns=wanted)
             table = table.append_column("right", pc.cast(pc.fill_null(table["correct"], False), pa.int32()))
             table = table.append_column("graded", pc.cast(pc.is_valid(table["correct"]), pa.int32()))
-            table = table.append_column("executed", pc.cast(pc.not_equal(table["code"], ""), pa.int32()))
+            executed = pc.and_(
+                pc.not_equal(table["code"], ""), pc.not_equal(table["status"], Status.INFRASTRUCTURE.value)
+            )
+            table = table.append_column("executed", pc.cast(executed, pa.int32()))
             sums = [(column, "sum") for column in ("right", "graded", "executed")]
             grouped = table.group_by(["problem_id", "tree"], use_threads=False).aggregate(
                 [("right", "count"), *sums, *((column, "max") for column in columns)]

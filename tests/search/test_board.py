@@ -12,7 +12,7 @@ from evolve.search.budget import EscalatingBudget, Standing, TreeSummary, TreeTa
 from evolve.search.shard import summary_of
 from evolve.store.trees import Part, TreeKey, to_batch, write_part
 from evolve.tree import Tree
-from evolve.types import NodeKind, Problem, RoundPlan
+from evolve.types import NodeKind, Problem, RoundPlan, Status
 
 PROBLEMS = [Problem(f"p{number}", "?", ("1",), difficulty=number % 2) for number in range(4)]
 
@@ -162,13 +162,13 @@ def test_a_settled_problem_gets_no_further_tree(tmp_path: Path) -> None:
     assert some.progress().settled == 4
 
 
-def test_a_tree_that_fails_again_and_again_stops_the_round_and_names_the_reason(tmp_path: Path) -> None:
+def test_a_tree_whose_shard_dies_again_and_again_stops_the_round_and_is_named(tmp_path: Path) -> None:
     some = board(tmp_path, plan(retry_trees=0))
-    key = TreeKey("p0", 0)
-    for _ in range(MAX_ATTEMPTS):
-        some.take("s", 8)
-        some.give_up([(key, "no sandbox")])
-    assert "no sandbox" in some.progress().failure
+    for attempt in range(MAX_ATTEMPTS):
+        assert some.progress().failure == "", attempt
+        assert some.take("s", 8)
+        some.give_back("s")
+    assert "shards died 3 times while tree 0 of problem p" in some.progress().failure
     assert some.take("s", 1) is None
 
 
@@ -200,6 +200,8 @@ def small_tree(problem: str) -> Tree:
     tree = Tree(problem, 1, 0, 9, (5, 6))
     step = tree.add(0, NodeKind.STEP, "# a", "a = 1", (7,), (-0.5,))
     tree.add(step, NodeKind.TERMINAL, "# b", "print(a)", (8,), (-0.25,), answer="1", correct=True)
+    tree.add(step, NodeKind.LOST, "# c", "b = 2", (9,), (-0.5,), status=Status.INFRASTRUCTURE)
+    tree.infrastructure_failures = 1
     for node in (0, 1, 2):
         tree.visits[node], tree.value_sum[node] = 2, 2.0
     tree.rollouts, tree.sampled_tokens = 2, 12
@@ -210,6 +212,7 @@ def test_summaries_of_a_continued_round_are_those_of_its_part_files(tmp_path: Pa
     write_part(tmp_path, "part-a.parquet", [to_batch(small_tree("p0")), to_batch(small_tree("p1"))])
     found = list(Summaries(tmp_path, ("part-a.parquet",)))
     assert [part for _, part in found] == ["part-a.parquet"] * 2
+    assert [(s.executions, s.infrastructure_failures) for s, _ in found] == [(2, 1)] * 2
     assert sorted((s for s, _ in found), key=lambda s: s.problem_id) == [
         summary_of(small_tree("p0")),
         summary_of(small_tree("p1")),
@@ -223,9 +226,9 @@ def test_statistics_of_a_problem_come_from_part_files_and_batches_alike(tmp_path
     assert (found.batches, found.parts) == ((), (tmp_path / "part-a.parquet",))
     second = replace(small_tree("p1"), number=1)
     table = statistics("p1", found.parts, to_batch(second))
-    assert table.column("tree").to_pylist() == [0, 0, 0, 1, 1, 1]
-    assert table.column("q").to_pylist() == [1.0] * 6
-    assert table.column("visits").to_pylist() == [2] * 6
+    assert table.column("tree").to_pylist() == [0] * 4 + [1] * 4
+    assert table.column("q").to_pylist() == [1.0, 1.0, 1.0, 0.0] * 2
+    assert table.column("visits").to_pylist() == [2, 2, 2, 0] * 2
 
 
 def test_the_batch_of_a_tree_leaves_the_object_store_once_the_tree_is_durable(tmp_path: Path) -> None:

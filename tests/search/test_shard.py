@@ -46,12 +46,14 @@ class Policy:
 
 
 class Verifier:
-    """Runs everything; prints what the code says."""
+    """Runs everything; prints what the code says. The grading of a problem without an answer does not end."""
 
     async def check(self, problem: Problem, parent: tuple[str, ...], step: str) -> Verdict:
         return Verdict(Status.OK, stdout=step.removeprefix("print(").removesuffix(")") if "print" in step else "")
 
     async def grade(self, problem: Problem, answer: str) -> Outcome:
+        if not problem.answers:
+            return Outcome.TIMEOUT
         return Outcome.CORRECT if answer in problem.answers else Outcome.WRONG
 
     async def stats(self) -> Mapping[str, float]:
@@ -113,6 +115,17 @@ def test_the_trees_do_not_depend_on_how_many_shards_grew_them(tmp_path: Path) ->
     problems = [Problem(f"p{i:02}", f"question {i}", ("3",)) for i in range(12)]
     (one, _), (two, _) = grow(tmp_path / "one", problems), grow(tmp_path / "two", problems, shards=2)
     assert [(t.problem_id, t.text, t.visits) for t in one] == [(t.problem_id, t.text, t.visits) for t in two]
+
+
+def test_a_problem_whose_answers_cannot_be_graded_gets_its_tree_with_a_note_and_stops_nobody(tmp_path: Path) -> None:
+    problems = [Problem("hangs", "question", ()), Problem("other", "question", ("3",))]
+    (hangs, other), progress = grow(tmp_path, problems)
+    assert (progress.done, progress.failure, progress.trees, progress.settled) == (True, "", 2, 2)
+    assert progress.infrastructure_failures == hangs.infrastructure_failures > 0
+    assert "grading ended with timeout" in hangs.note
+    assert not list(hangs.terminals())
+    assert other.rollouts == 6
+    assert other.note == ""
 
 
 def test_q_values_of_a_problem_are_had_while_the_round_runs_and_after_its_tree_is_durable(tmp_path: Path) -> None:
