@@ -146,9 +146,7 @@ def grow(
 ) -> tuple[Progress, float]:
     """Grow a tree for every problem; returns the final progress and the seconds it took."""
     job.trees.mkdir(parents=True, exist_ok=True)
-    board: Any = (
-        ray.remote(Board).options(num_cpus=0).remote(EscalatingBudget(job.plan), problems, (), job.trees, len(members))
-    )
+    board: Any = ray.remote(Board).options(num_cpus=0).remote(EscalatingBudget(job.plan), problems, (), job.trees)
     get(board.progress.remote(), 120, "the board")
     started = time.monotonic()
     pending = [m.shard.grow.remote(job, board) for m in members]

@@ -77,7 +77,6 @@ class Board:
         problems: Sequence[Problem],
         finished: Iterable[tuple[TreeSummary, str]],
         trees: Place,
-        shards: int = 1,
         earlier: Iterable[tuple[TreeSummary, str]] = (),
     ) -> None:
         """
@@ -86,7 +85,6 @@ class Board:
             problems: the round's problems.
             finished: trees that are durable already, each with the name of its part file.
             trees: directory of the part files.
-            shards: how many shards will take from the board.
             earlier: trees of the round before, with their part files: how long a problem took then is how long it is
                 expected to take.
         """
@@ -97,6 +95,8 @@ class Board:
         self._queue: list[tuple[float, int, int, TreeTask]] = []
         self._pushed = 0
         self._in_flight: dict[TreeKey, tuple[str, TreeTask]] = {}
+        self._shards: set[str] = set()
+        """Those that have taken trees, or wanted to, and were not given back since."""
         self._held: Counter[str] = Counter()
         """How many of them each shard has."""
         self._open: Counter[str] = Counter()
@@ -104,7 +104,6 @@ class Board:
         self._attempts: Counter[TreeKey] = Counter()
         self._live: dict[TreeKey, _Live] = {}
         self._directory = trees
-        self._shards = shards
         self._earlier = tokens_a_rollout(earlier, self._problems)
         self._totals: Counter[str] = Counter()
         self._classes: Counter[str] = Counter()
@@ -122,10 +121,11 @@ class Board:
         An empty list means: not now. Others are at work whose trees may have to be grown again, or be followed by
         further ones.
         """
+        self._shards.add(shard)
         self._drop_needless()
         if self._failure or (not self._queue and not self._in_flight):
             return None
-        share = fair_share(room, self._held[shard], len(self._queue), len(self._in_flight), self._shards)
+        share = fair_share(room, self._held[shard], len(self._queue), len(self._in_flight), len(self._shards))
         tasks: list[TreeTask] = []
         while self._queue and len(tasks) < share:
             task = heapq.heappop(self._queue)[-1]
@@ -161,6 +161,7 @@ class Board:
 
     def give_back(self, shard: str) -> None:
         """A shard died: queue all it held again, what it had published but not made durable included."""
+        self._shards.discard(shard)
         for key in [key for key, (owner, _) in self._in_flight.items() if owner == shard]:
             self._again(key)
         for key, live in [(key, live) for key, live in self._live.items() if live.shard == shard]:

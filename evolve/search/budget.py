@@ -132,7 +132,7 @@ def fair_share(room: int, own: int, waiting: int, in_flight: int, shards: int) -
     While there is plenty, as many as it has room for. Towards the end no shard takes more than its share of all that
     is left, in flight or waiting, so that the last trees end on all shards at about the same time.
     """
-    share = -(-(waiting + in_flight) // max(1, shards)) - own
+    share = -(-(waiting + in_flight) // shards) - own
     return max(0, min(room, waiting, share))
 
 

@@ -138,8 +138,11 @@ def _board(run: Run, plan: RoundPlan, problems: tuple[Problem, ...], directory: 
     finished = _grown(directory)
     same_problems = plan.round > 1 and run.config.problems.per_round is None
     earlier = _grown(run.directory.round(plan.round - 1)) if same_problems else ()
-    arguments = (problems, finished, directory.trees, len(run.fleet.groups), earlier)
-    return ray.remote(Board).options(num_cpus=0).remote(EscalatingBudget(plan), *arguments)
+    return (
+        ray.remote(Board)
+        .options(num_cpus=0)
+        .remote(EscalatingBudget(plan), problems, finished, directory.trees, earlier)
+    )
 
 
 def _grown(directory: RoundDirectory) -> Summaries:

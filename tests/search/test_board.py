@@ -111,10 +111,23 @@ def test_a_tree_finished_by_a_shard_thought_dead_is_not_grown_a_second_time(tmp_
 
 
 def test_the_last_trees_are_shared_out_fairly(tmp_path: Path) -> None:
-    some = board(tmp_path, plan(retry_trees=0), shards=2)
+    some = board(tmp_path, plan(retry_trees=0))
+    assert [some.take(shard, 0) for shard in ("a", "b")] == [[], []]
     first, second = some.take("a", 64), some.take("b", 64)
     assert (len(first or []), len(second or [])) == (2, 2)
     assert some.take("a", 64) == []
+
+
+def test_a_shard_that_joins_has_its_share_and_one_that_is_gone_has_none(tmp_path: Path) -> None:
+    some = board(tmp_path, plan(trees=3, retry_trees=0))
+    assert len(some.take("first", 4) or []) == 4
+    assert len(some.take("joins", 64) or []) == 6, "half of twelve"
+    assert len(some.take("first", 64) or []) == 2
+    gone = [f"gone-{number}" for number in range(14)]
+    assert [some.take(shard, 64) for shard in gone] == [[]] * 14
+    for shard in ("joins", *gone):
+        some.give_back(shard)
+    assert len(some.take("first", 64) or []) == 6, "all that is left"
 
 
 @pytest.mark.parametrize(
@@ -242,7 +255,8 @@ def test_the_batch_of_a_tree_leaves_the_object_store_once_the_tree_is_durable(tm
 
 
 def test_trees_given_back_count_as_nobodys_when_the_rest_is_shared_out(tmp_path: Path) -> None:
-    some = board(tmp_path, plan(retry_trees=0), shards=2)
+    some = board(tmp_path, plan(retry_trees=0))
+    assert some.take("b", 0) == []
     assert len(some.take("a", 2) or []) == 2
     some.give_back("a")
     assert len(some.take("a", 64) or []) == 2

@@ -81,7 +81,7 @@ def grow(directory: Path, problems: Sequence[Problem], shards: int = 1) -> tuple
         policy=("/checkpoint", "policy"),
         ppm=None,
     )
-    board = ray.remote(Board).options(num_cpus=0).remote(EscalatingBudget(plan), problems, (), directory, shards)
+    board = ray.remote(Board).options(num_cpus=0).remote(EscalatingBudget(plan), problems, (), directory)
     made = [
         actor(Shard, f"shard-{i}", actor(ServiceHost, Policy), actor(ServiceHost, Verifier), None, 60.0)
         for i in range(shards)

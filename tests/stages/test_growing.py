@@ -50,7 +50,7 @@ def grow(fleet: Fleet, trees: Path, disturb: Callable[[Growing], None] | None = 
 
     def board() -> Any:
         finished = Summaries(trees, tuple(sorted(path.name for path in trees.glob("part-*.parquet"))))
-        return ray.remote(Board).options(num_cpus=0).remote(EscalatingBudget(PLAN), PROBLEMS, finished, trees, 2)
+        return ray.remote(Board).options(num_cpus=0).remote(EscalatingBudget(PLAN), PROBLEMS, finished, trees)
 
     growing = Growing(fleet, job, board)
     deadline = time.monotonic() + 300
