@@ -102,17 +102,18 @@ class EscalatingBudget:
         """Trees of `problem` to grow now, given all its finished ones; empty when it needs none.
 
         Trees that are in flight are the caller's to leave out: nothing beyond the first `trees` is due
-        before those are finished.
+        before those are finished, nor before trees that were finished once and lost since.
         """
         if self.settled(standing):
             return []
-        first = [n for n in range(self.plan.trees) if n not in standing.done]
-        if first:
-            numbers = first
+        begun = max([self.plan.trees, *(n + 1 for n in standing.done)])
+        missing = [n for n in range(begun) if n not in standing.done]
+        if missing:
+            numbers = missing
         elif standing.solved:
             numbers = []
         else:
-            numbers = [max(standing.done) + 1]
+            numbers = [begun]
         return [TreeTask(problem, n, r) for n in numbers if (r := self.allotted(n)) is not None]
 
 

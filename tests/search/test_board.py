@@ -71,6 +71,27 @@ def test_trees_that_are_durable_already_are_not_grown_again(tmp_path: Path) -> N
     assert {(p, n) for p, n, _ in grown} == {(p, n) for p in ("p2", "p3") for n in (0, 1)}
 
 
+@pytest.mark.parametrize(
+    ("done", "correct", "expected"),
+    [
+        ((0, 1, 3), 0, [(2, 64)]),
+        ((0, 1, 3), 1, [(2, 64)]),
+        ((1, 3), 0, [(0, 16), (2, 64)]),
+        ((3,), 1, [(0, 16), (1, 16), (2, 64)]),
+        ((0, 1, 2), 0, [(3, 128)]),
+        ((0, 1, 2), 1, []),
+        ((0, 1, 2, 3), 0, []),
+        ((), 0, [(0, 16), (1, 16)]),
+    ],
+)
+def test_trees_that_were_lost_since_are_due_before_further_ones(
+    done: tuple[int, ...], correct: int, expected: list[tuple[int, int]]
+) -> None:
+    budget = EscalatingBudget(plan(trees=2, retry_trees=0, escalation=(64, 128)))
+    due = budget.due(PROBLEMS[0], Standing(done=done, correct=correct))
+    assert [(task.number, task.rollouts) for task in due] == expected
+
+
 def test_a_tree_published_twice_counts_once(tmp_path: Path) -> None:
     some = board(tmp_path, plan(retry_trees=0))
     some.take("s", 4)
