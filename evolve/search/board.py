@@ -113,7 +113,7 @@ class Board:
             self._count(summary, +1)
             self._name_part(summary.problem_id, part)
         for problem in problems:
-            self._enqueue(budget.due(problem, self._standing(problem.id)))
+            self._go_on(problem.id)
 
     def take(self, shard: str, room: int) -> list[TreeTask] | None:
         """Up to `room` trees for a shard to grow, the longest expected first; None when the round is over for it.
@@ -143,21 +143,22 @@ class Board:
             key = TreeKey(summary.problem_id, summary.number)
             if summary.number in self._standing(key.problem_id).done:
                 continue
-            problem = self._problems[key.problem_id]
             if key in self._in_flight:
                 self._land(key)
                 self._close(key.problem_id)
             self._attempts.pop(key, None)
             self._live[key] = _Live(shard, summary, reference[0])
             self._count(summary, +1)
-            if not self._open[key.problem_id]:
-                self._enqueue(self._budget.due(problem, self._standing(problem.id)))
+            self._go_on(key.problem_id)
 
     def durable(self, part: Part) -> None:
-        """A part file is in place; its trees' batches may leave the object store."""
+        """A part file is in place; its trees' batches may leave the object store.
+
+        Of a tree that is in two parts, its shard having been thought dead, the first one is where it is.
+        """
         for key in part.keys:
-            self._name_part(key.problem_id, part.name)
-            self._live.pop(key, None)
+            if self._live.pop(key, None) is not None:
+                self._name_part(key.problem_id, part.name)
 
     def give_back(self, shard: str) -> None:
         """A shard died: queue all it held again, what it had published but not made durable included."""
@@ -208,6 +209,11 @@ class Board:
             self._open[task.problem.id] += 1
             self._push(task)
 
+    def _go_on(self, problem_id: str) -> None:
+        """Queue what is due of a problem, unless some of its trees are still to come."""
+        if not self._open[problem_id]:
+            self._enqueue(self._budget.due(self._problems[problem_id], self._standing(problem_id)))
+
     def _push(self, task: TreeTask) -> None:
         typical = self._totals["sampled_tokens"] / self._totals["rollouts"] if self._totals["rollouts"] else 1.0
         standing, earlier = self._standing(task.problem.id), self._earlier.get(task.problem.id)
@@ -237,6 +243,7 @@ class Board:
                 return
             heapq.heappop(self._queue)
             self._close(task.problem.id)
+            self._go_on(task.problem.id)
 
     def _again(self, key: TreeKey) -> None:
         """Queue a tree in flight again, or fail the round."""

@@ -131,6 +131,27 @@ def test_a_tree_finished_by_a_shard_thought_dead_is_not_grown_a_second_time(tmp_
     assert some.progress().settled == 4
 
 
+def test_a_problem_that_a_shard_thought_dead_did_not_solve_keeps_its_retries(tmp_path: Path) -> None:
+    some = board(tmp_path, plan())
+    some.take("slow", 4)
+    some.give_back("slow")
+    some.publish("slow", [(summary(p.id, 0, correct=p.id == "p0"), [None]) for p in PROBLEMS])
+    assert sorted(keys(some.take("other", 4))) == [("p1", 1), ("p2", 1), ("p3", 1)]
+
+
+def test_a_tree_that_two_shards_made_durable_is_in_one_place(tmp_path: Path) -> None:
+    some = board(tmp_path, plan(retry_trees=0))
+    some.take("slow", 4)
+    some.give_back("slow")
+    some.take("other", 4)
+    for shard in ("slow", "other"):
+        some.publish(shard, [(summary("p0", 0, correct=1), [f"the batch of {shard}"])])
+    assert some.sources("p0").batches == ("the batch of slow",)
+    for shard in ("other", "slow"):
+        some.durable(Part(f"part-{shard}.parquet", (TreeKey("p0", 0),)))
+    assert (some.sources("p0").batches, some.sources("p0").parts) == ((), (tmp_path / "part-other.parquet",))
+
+
 def test_the_last_trees_are_shared_out_fairly(tmp_path: Path) -> None:
     some = board(tmp_path, plan(retry_trees=0))
     assert [some.take(shard, 0) for shard in ("a", "b")] == [[], []]
