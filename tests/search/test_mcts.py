@@ -183,8 +183,19 @@ def test_what_is_lost_once_is_judged_again_and_gives_the_tree_of_an_undisturbed_
 
 def test_a_depth_limit_ends_in_a_dead_end_that_lowers_the_tree() -> None:
     tree = grown(1, rollouts=4, max_depth=1)
-    assert tree.rollouts <= 4
-    assert all(tree.kind[node] is not NodeKind.STEP for node in range(1, len(tree)))
+    assert [tree.kind[node] for node in range(1, len(tree))] == [NodeKind.DEAD]
+    assert tree.ends == [(ROOT, -1.0)]
+    assert tree.q(ROOT) == -1.0
+
+
+def test_a_dead_end_two_steps_down_lowers_every_step_to_it_and_not_the_right_one_beside() -> None:
+    script = {(): ["+1;", "+3;"], ("+1;",): ["+2;"], ("+1;", "+2;"): ["bad"], ("+3;",): ["+1;"], ("+3;", "+1;"): ["=;"]}
+    tree = grown(1, 6, policy=Scripted(script))
+    first, below, beside = (tree.text.index(text) for text in ("+1;", "+2;", "+3;"))
+    [right] = tree.terminals()
+    assert sorted(tree.ends) == [*[(right, 1.0)] * 5, (below, -1.0)]
+    assert [tree.q(node) for node in (below, first, beside)] == [-1.0, -1.0, 1.0]
+    assert tree.q(ROOT) == pytest.approx((5 - 1) / 6)
 
 
 class Scripted(RandomPolicy):
