@@ -221,6 +221,7 @@ class _Round:
                 name = f"part-{self.name}-{uuid.uuid4().hex[:8]}.parquet"
                 part = await asyncio.to_thread(write_part, self.job.trees, name, [batch for batch, _ in finished])
                 await self.board.durable.remote(part)
+                del finished  # the references that keep its trees in the object store
 
 
 def summary_of(tree: Tree) -> TreeSummary:

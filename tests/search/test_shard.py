@@ -153,6 +153,47 @@ def test_q_values_of_a_problem_are_had_while_the_round_runs_and_after_its_tree_i
     ray.kill(board)
 
 
+def test_a_durable_tree_leaves_the_object_store_while_others_grow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+    from ray._private.worker import global_worker
+
+    worker = global_worker.core_worker
+    budget = EscalatingBudget(RoundPlan(1, Generator.previous, ValueKind.terminal, 6, 4, 2.0, 1, 0, ()))
+    problems = [Problem("p0", "?", ("3",)), Problem("p1", "?", ("3",))]
+    board = ray.remote(Board).options(num_cpus=0).remote(budget, problems, (), tmp_path)
+    tree = Tree("p0", 1, 0, 9, (5, 6))
+    tree.add(0, NodeKind.DEAD, "# " + "a" * 10**6, "", (8,), (-0.25,))
+
+    async def publish(round_: Any) -> bytes:
+        batch = to_batch(tree)
+        reference = ray.put(batch)
+        round_.finished.append((batch, reference))
+        await board.take.remote("s", 8)
+        await board.publish.remote("s", [(summary_of(tree), [reference])])
+        return reference.binary()
+
+    async def run() -> None:
+        round_ = shard._Round("s", SimpleNamespace(trees=tmp_path), board, None)
+        name = await publish(round_)
+        assert worker.object_exists(ray.ObjectRef(name))
+        assert name.hex().encode() in worker.get_all_reference_counts()
+        writing = asyncio.create_task(round_._write_parts())
+        round_.flush.set()
+        async with asyncio.timeout(30):
+            while name.hex().encode() in worker.get_all_reference_counts():  # noqa: ASYNC110 (nothing tells)
+                await asyncio.sleep(0.01)
+        assert not worker.object_exists(ray.ObjectRef(name))
+        assert not writing.done()
+        round_.close()
+        await asyncio.wait_for(writing, 30)
+
+    monkeypatch.setattr(shard, "PART_SECONDS", 3600.0)
+    asyncio.run(run())
+    ray.kill(board)
+
+
 def test_what_is_finished_while_the_last_part_is_written_is_made_durable_too(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
