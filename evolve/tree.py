@@ -72,7 +72,7 @@ class Tree:
     """Tokens of the prefixes and steps that the PPM was asked to score."""
     infrastructure_failures: int = 0
     note: str = ""
-    """Why the search ended early, when it did."""
+    """What was lost first, or why the search ended early, when it did."""
 
     def __post_init__(self) -> None:
         if not self.parent:
@@ -132,12 +132,23 @@ class Tree:
 
     def live_children(self, node: int) -> list[int]:
         """Children that a search may enter."""
-        return [child for child in self.children[node] if self.kind[child] is not NodeKind.DEAD]
+        return [child for child in self.children[node] if self.kind[child].live]
+
+    def is_lost(self, node: int) -> bool:
+        """Whether no child is live and one was lost: nobody knows what can follow the node."""
+        return NodeKind.LOST in {self.kind[child] for child in self.children[node]} and not self.live_children(node)
 
     def bury(self, node: int) -> None:
         """Mark a node nothing can follow; the root stays the root."""
         if node != ROOT:
             self.kind[node] = NodeKind.DEAD
+            self.close_lost(self.parent[node])
+
+    def close_lost(self, node: int) -> None:
+        """Mark the node lost if it is, and the ancestors that are with it; the root stays the root."""
+        while node != ROOT and self.is_lost(node):
+            self.kind[node] = NodeKind.LOST
+            node = self.parent[node]
 
     # ----------------------------------------------------------------- values
 

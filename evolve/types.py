@@ -180,6 +180,13 @@ class NodeKind(StrEnum):
     """A complete solution with an answer that was graded."""
     DEAD = "dead"
     """Nothing can follow: the code failed, the text was no step, or the depth limit was reached."""
+    LOST = "lost"
+    """The sandbox or the grader failed on it, or on what might have followed it: neither right nor wrong."""
+
+    @property
+    def live(self) -> bool:
+        """Whether a search may enter such a node."""
+        return self not in (NodeKind.DEAD, NodeKind.LOST)
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,10 +32,10 @@ from evolve.search.budget import (
 )
 from evolve.service import get
 from evolve.store.trees import Part, TreeKey
-from evolve.types import Problem
+from evolve.types import Problem, Status
 
 MAX_ATTEMPTS = 3
-"""How often a tree is begun before the round stops with an error."""
+"""How often a tree is begun, its shard having died each time, before the round stops with an error."""
 
 
 @dataclass(slots=True)
@@ -77,7 +77,6 @@ class Board:
         problems: Sequence[Problem],
         finished: Iterable[tuple[TreeSummary, str]],
         trees: Place,
-        shards: int = 1,
         earlier: Iterable[tuple[TreeSummary, str]] = (),
     ) -> None:
         """
@@ -86,7 +85,6 @@ class Board:
             problems: the round's problems.
             finished: trees that are durable already, each with the name of its part file.
             trees: directory of the part files.
-            shards: how many shards will take from the board.
             earlier: trees of the round before, with their part files: how long a problem took then is how long it is
                 expected to take.
         """
@@ -97,6 +95,8 @@ class Board:
         self._queue: list[tuple[float, int, int, TreeTask]] = []
         self._pushed = 0
         self._in_flight: dict[TreeKey, tuple[str, TreeTask]] = {}
+        self._shards: set[str] = set()
+        """Those that have taken trees, or wanted to, and were not given back since."""
         self._held: Counter[str] = Counter()
         """How many of them each shard has."""
         self._open: Counter[str] = Counter()
@@ -104,7 +104,6 @@ class Board:
         self._attempts: Counter[TreeKey] = Counter()
         self._live: dict[TreeKey, _Live] = {}
         self._directory = trees
-        self._shards = shards
         self._earlier = tokens_a_rollout(earlier, self._problems)
         self._totals: Counter[str] = Counter()
         self._classes: Counter[str] = Counter()
@@ -114,7 +113,7 @@ class Board:
             self._count(summary, +1)
             self._name_part(summary.problem_id, part)
         for problem in problems:
-            self._enqueue(budget.due(problem, self._standing(problem.id)))
+            self._go_on(problem.id)
 
     def take(self, shard: str, room: int) -> list[TreeTask] | None:
         """Up to `room` trees for a shard to grow, the longest expected first; None when the round is over for it.
@@ -122,10 +121,11 @@ class Board:
         An empty list means: not now. Others are at work whose trees may have to be grown again, or be followed by
         further ones.
         """
+        self._shards.add(shard)
         self._drop_needless()
         if self._failure or (not self._queue and not self._in_flight):
             return None
-        share = fair_share(room, self._held[shard], len(self._queue), len(self._in_flight), self._shards)
+        share = fair_share(room, self._held[shard], len(self._queue), len(self._in_flight), len(self._shards))
         tasks: list[TreeTask] = []
         while self._queue and len(tasks) < share:
             task = heapq.heappop(self._queue)[-1]
@@ -143,32 +143,28 @@ class Board:
             key = TreeKey(summary.problem_id, summary.number)
             if summary.number in self._standing(key.problem_id).done:
                 continue
-            problem = self._problems[key.problem_id]
             if key in self._in_flight:
                 self._land(key)
                 self._close(key.problem_id)
             self._attempts.pop(key, None)
             self._live[key] = _Live(shard, summary, reference[0])
             self._count(summary, +1)
-            if not self._open[key.problem_id]:
-                self._enqueue(self._budget.due(problem, self._standing(problem.id)))
+            self._go_on(key.problem_id)
 
     def durable(self, part: Part) -> None:
-        """A part file is in place; its trees' batches may leave the object store."""
-        for key in part.keys:
-            self._name_part(key.problem_id, part.name)
-            self._live.pop(key, None)
+        """A part file is in place; its trees' batches may leave the object store.
 
-    def give_up(self, failed: Sequence[tuple[TreeKey, str]]) -> None:
-        """Trees that a shard could not grow, each with the reason; they are queued again, at most so often."""
-        for key, reason in failed:
-            if key in self._in_flight:
-                self._again(key, reason)
+        Of a tree that is in two parts, its shard having been thought dead, the first one is where it is.
+        """
+        for key in part.keys:
+            if self._live.pop(key, None) is not None:
+                self._name_part(key.problem_id, part.name)
 
     def give_back(self, shard: str) -> None:
         """A shard died: queue all it held again, what it had published but not made durable included."""
+        self._shards.discard(shard)
         for key in [key for key, (owner, _) in self._in_flight.items() if owner == shard]:
-            self._again(key, "its shard died")
+            self._again(key)
         for key, live in [(key, live) for key, live in self._live.items() if live.shard == shard]:
             del self._live[key]
             self._count(live.summary, -1)
@@ -213,6 +209,11 @@ class Board:
             self._open[task.problem.id] += 1
             self._push(task)
 
+    def _go_on(self, problem_id: str) -> None:
+        """Queue what is due of a problem, unless some of its trees are still to come."""
+        if not self._open[problem_id]:
+            self._enqueue(self._budget.due(self._problems[problem_id], self._standing(problem_id)))
+
     def _push(self, task: TreeTask) -> None:
         typical = self._totals["sampled_tokens"] / self._totals["rollouts"] if self._totals["rollouts"] else 1.0
         standing, earlier = self._standing(task.problem.id), self._earlier.get(task.problem.id)
@@ -242,12 +243,13 @@ class Board:
                 return
             heapq.heappop(self._queue)
             self._close(task.problem.id)
+            self._go_on(task.problem.id)
 
-    def _again(self, key: TreeKey, reason: str) -> None:
+    def _again(self, key: TreeKey) -> None:
         """Queue a tree in flight again, or fail the round."""
         task = self._land(key)
         if self._attempts[key] >= MAX_ATTEMPTS:
-            self._failure = f"tree {key.number} of problem {key.problem_id} failed {MAX_ATTEMPTS} times: {reason}"
+            self._failure = f"shards died {MAX_ATTEMPTS} times while tree {key.number} of problem {key.problem_id} grew"
         self._push(task)
 
     def _name_part(self, problem_id: str, name: str) -> None:
@@ -337,11 +339,14 @@ class Summaries:
     def __iter__(self) -> Iterator[tuple[TreeSummary, str]]:
         columns = ["rollouts", "sampled_tokens", "scored_tokens", "infrastructure_failures"]
         for name in self.parts:
-            wanted = ["problem_id", "tree", "correct", "code", *columns]
+            wanted = ["problem_id", "tree", "correct", "code", "status", *columns]
             table = pq.read_table(readable(self.directory / name), columns=wanted)
             table = table.append_column("right", pc.cast(pc.fill_null(table["correct"], False), pa.int32()))
             table = table.append_column("graded", pc.cast(pc.is_valid(table["correct"]), pa.int32()))
-            table = table.append_column("executed", pc.cast(pc.not_equal(table["code"], ""), pa.int32()))
+            executed = pc.and_(
+                pc.not_equal(table["code"], ""), pc.not_equal(table["status"], Status.INFRASTRUCTURE.value)
+            )
+            table = table.append_column("executed", pc.cast(executed, pa.int32()))
             sums = [(column, "sum") for column in ("right", "graded", "executed")]
             grouped = table.group_by(["problem_id", "tree"], use_threads=False).aggregate(
                 [("right", "count"), *sums, *((column, "max") for column in columns)]

@@ -102,17 +102,18 @@ class EscalatingBudget:
         """Trees of `problem` to grow now, given all its finished ones; empty when it needs none.
 
         Trees that are in flight are the caller's to leave out: nothing beyond the first `trees` is due
-        before those are finished.
+        before those are finished, nor before trees that were finished once and lost since.
         """
         if self.settled(standing):
             return []
-        first = [n for n in range(self.plan.trees) if n not in standing.done]
-        if first:
-            numbers = first
+        begun = max([self.plan.trees, *(n + 1 for n in standing.done)])
+        missing = [n for n in range(begun) if n not in standing.done]
+        if missing:
+            numbers = missing
         elif standing.solved:
             numbers = []
         else:
-            numbers = [max(standing.done) + 1]
+            numbers = [begun]
         return [TreeTask(problem, n, r) for n in numbers if (r := self.allotted(n)) is not None]
 
 
@@ -132,7 +133,7 @@ def fair_share(room: int, own: int, waiting: int, in_flight: int, shards: int) -
     While there is plenty, as many as it has room for. Towards the end no shard takes more than its share of all that
     is left, in flight or waiting, so that the last trees end on all shards at about the same time.
     """
-    share = -(-(waiting + in_flight) // max(1, shards)) - own
+    share = -(-(waiting + in_flight) // shards) - own
     return max(0, min(room, waiting, share))
 
 

@@ -26,10 +26,6 @@ from evolve.types import (
 )
 
 
-class InfrastructureError(RuntimeError):
-    """The sandbox or the grader failed so often that a node cannot be expanded; nothing was labelled."""
-
-
 @dataclass(slots=True)
 class Sibling:
     """One distinct candidate of an expansion, before it becomes a node."""
@@ -43,11 +39,13 @@ class Sibling:
     inserted: tuple[int, ...] = ()
 
     @property
-    def infrastructure(self) -> bool:
-        """Whether the sandbox or the grader, not the code, failed."""
-        return (self.verdict is not None and self.verdict.status is Status.INFRASTRUCTURE) or (
-            self.outcome in (Outcome.INFRASTRUCTURE, Outcome.TIMEOUT)
-        )
+    def lost(self) -> str:
+        """How the sandbox or the grader, and not the code, failed; empty when neither did."""
+        if self.verdict is not None and self.verdict.status is Status.INFRASTRUCTURE:
+            return f"the sandbox failed: {self.verdict.message}"
+        if self.outcome in (Outcome.INFRASTRUCTURE, Outcome.TIMEOUT):
+            return f"grading ended with {self.outcome}"
+        return ""
 
 
 @dataclass(slots=True)
@@ -64,28 +62,24 @@ class Expander:
     """A PPM that scores every surviving child; None when values start from terminals alone."""
 
     async def expand(self, tree: Tree, problem: Problem, node: int, rule: TreePolicy) -> None:
-        """Add the children of `node`. Dead candidates become children too, as a record; none is selected.
+        """Add the children of `node`. Dead and lost candidates become children too, as a record; none is selected.
 
-        Raises:
-            InfrastructureError: no candidate could be judged because the sandbox or grader failed.
+        When none is live and some were lost, those are judged once more; a node that this does not help is lost too.
         """
         prefix = tree.prefix_ids(node)
         sampling = replace(self.sampling, seed=derive(tree.seed, *tree.continuation_ids(node)))
         [sampled] = await self.policy.propose([prefix], self.candidates, sampling)
         tree.sampled_tokens += sum(len(c.token_ids) for c in sampled)
         siblings = self._distinct(sampled, tree.code_ended[node])
-        await asyncio.gather(*(self._judge(tree, problem, node, s) for s in siblings))
-        lost = [s for s in siblings if s.infrastructure]
-        tree.infrastructure_failures += len(lost)
-        if lost and len(lost) == len(siblings):
-            reason = lost[0].verdict.message if lost[0].verdict else "grading did not end"
-            raise InfrastructureError(f"problem {problem.id}: all {len(lost)} candidates were lost: {reason}")
-        kept = [s for s in siblings if not s.infrastructure]
-        kinds = [self._kind(tree, node, s) for s in kept]
-        values = await self._values(tree, node, kept, kinds, rule)
-        for sibling, kind, value in zip(kept, kinds, values, strict=True):
+        kinds = await self._judge_all(tree, problem, node, siblings, siblings)
+        if not any(kind.live for kind in kinds):
+            lost = [s for s in siblings if s.lost]
+            kinds = await self._judge_all(tree, problem, node, siblings, lost)
+        values = await self._values(tree, node, siblings, kinds, rule)
+        for sibling, kind, value in zip(siblings, kinds, values, strict=True):
             _attach(tree, node, sibling, kind, value)
         tree.expanded_at[node] = tree.rollouts
+        tree.close_lost(node)
 
     def _distinct(self, sampled: list[Candidate], code_ended: bool) -> list[Sibling]:
         """Candidates with the same text are one sibling: executed once, counted in `copies`."""
@@ -102,8 +96,20 @@ class Expander:
             by_text[candidate.text] = Sibling(candidate, parsed, 1)
         return list(by_text.values())
 
+    async def _judge_all(
+        self, tree: Tree, problem: Problem, node: int, siblings: list[Sibling], which: list[Sibling]
+    ) -> list[NodeKind]:
+        """Judge `which` of the siblings, all at once, and count failures; what each of `siblings` becomes."""
+        await asyncio.gather(*(self._judge(tree, problem, node, s) for s in which))
+        reasons = [s.lost for s in which if s.lost]
+        tree.infrastructure_failures += len(reasons)
+        if reasons:
+            tree.note = tree.note or f"{len(reasons)} of {len(siblings)} candidates were lost: {reasons[0]}"
+        return [self._kind(tree, node, s) for s in siblings]
+
     async def _judge(self, tree: Tree, problem: Problem, node: int, sibling: Sibling) -> None:
         """Execute a step's code; grade it when it ends the solution; fetch what the environment inserts."""
+        sibling.verdict = sibling.outcome = sibling.result = None
         parsed = sibling.parsed
         if isinstance(parsed, Answer):
             sibling.result = parsed.answer
@@ -120,6 +126,8 @@ class Expander:
 
     def _kind(self, tree: Tree, node: int, sibling: Sibling) -> NodeKind:
         """What a judged sibling becomes."""
+        if sibling.lost:
+            return NodeKind.LOST
         if sibling.outcome in (Outcome.CORRECT, Outcome.WRONG):
             return NodeKind.TERMINAL
         runs = isinstance(sibling.parsed, Step) and sibling.verdict is not None and sibling.verdict.ok
@@ -128,15 +136,15 @@ class Expander:
     async def _values(
         self, tree: Tree, node: int, siblings: list[Sibling], kinds: list[NodeKind], rule: TreePolicy
     ) -> list[float]:
-        """Initial values of the siblings; those that live are scored in one request, dead ones are 0."""
-        live = [s for s, kind in zip(siblings, kinds, strict=True) if kind is not NodeKind.DEAD]
+        """Initial values of the siblings; those that live are scored in one request, the others are 0."""
+        live = [s for s, kind in zip(siblings, kinds, strict=True) if kind.live]
         scores: list[float] | list[None] = [None] * len(live)
         if self.reward is not None and live:
             requests = tree.score_requests(node, [(s.candidate.token_ids, s.inserted) for s in live])
             tree.scored_tokens += sum(len(r.prompt_ids) + sum(map(len, r.steps)) for r in requests)
             scores = await self.reward.score(requests)
         values = [0.0] * len(siblings)
-        places = (place for place, kind in enumerate(kinds) if kind is not NodeKind.DEAD)
+        places = (place for place, kind in enumerate(kinds) if kind.live)
         for place, score in zip(places, scores, strict=True):
             values[place], tree.prior_weight = rule.initial_value(score)
         return values

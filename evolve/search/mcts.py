@@ -1,8 +1,9 @@
 """Monte Carlo tree search over steps, one rollout after another on one tree, many trees at once.
 
 A rollout descends by the tree rule, expanding every leaf it meets, until it reaches a terminal or a dead end; the
-value found there (+1, -1; or the PPM's score at test time) is backed up to the root. Rollouts of one tree that are in
-flight at once keep apart by a virtual loss.
+value found there (+1, -1; or the PPM's score at test time) is backed up to the root. One that ends where the sandbox or
+the grader failed is not backed up, but uses up one of the tree's rollouts. Rollouts of one tree that are in flight at
+once keep apart by a virtual loss.
 """
 
 from __future__ import annotations
@@ -32,11 +33,7 @@ class MCTS:
     """Back up the PPM's score of a terminal and not its grade: test time, when no gold answer is known."""
 
     async def grow(self, tree: Tree, problem: Problem) -> None:
-        """Run rollouts until the rule says stop or the root has no live child left.
-
-        Raises:
-            InfrastructureError: a node could not be expanded for the sandbox's own reasons.
-        """
+        """Run rollouts until the rule says stop or the root has no live child left."""
         try:
             async with asyncio.TaskGroup() as group:
                 _Growth(self, tree, problem, group).widen()
@@ -62,6 +59,8 @@ class _Growth:
     pending: dict[int, int] = field(default_factory=dict)
     expanding: dict[int, asyncio.Future[None]] = field(default_factory=dict)
     started: int = -1
+    lost: int = 0
+    """Rollouts that ended without a value."""
 
     def __post_init__(self) -> None:
         self.started = self.tree.rollouts
@@ -84,13 +83,11 @@ class _Growth:
         if tree.is_expanded(ROOT) and not tree.live_children(ROOT):
             tree.note = tree.note or "no candidate of the first step survived"
             return True
-        in_flight = self.pending.get(ROOT, 0)
-        if in_flight:
-            tree.rollouts += in_flight
-            done = self.mcts.rule.stop(tree)
-            tree.rollouts -= in_flight
-            return done
-        return self.mcts.rule.stop(tree)
+        unseen = self.pending.get(ROOT, 0) + self.lost
+        tree.rollouts += unseen
+        done = self.mcts.rule.stop(tree)
+        tree.rollouts -= unseen
+        return done
 
     async def _rollout(self, rng: Random) -> None:
         tree, mcts = self.tree, self.mcts
@@ -103,7 +100,6 @@ class _Growth:
                     await self._expand_once(node)
                 live = tree.live_children(node)
                 if not live:
-                    tree.bury(node)
                     break
                 node = choose(mcts.rule, tree, live, self.pending, rng)
                 path.append(node)
@@ -111,9 +107,13 @@ class _Growth:
         finally:
             for visited in path:
                 self._mark(visited, -1)
-        is_terminal = tree.kind[node] is NodeKind.TERMINAL
-        value = mcts.terminal_value(tree, node) if is_terminal else DEAD_VALUE
-        mcts.rule.backup(tree, node, value)
+        if tree.kind[node] is NodeKind.TERMINAL:
+            mcts.rule.backup(tree, node, mcts.terminal_value(tree, node))
+        elif tree.is_lost(node):
+            self.lost += 1
+        else:
+            tree.bury(node)
+            mcts.rule.backup(tree, node, DEAD_VALUE)
 
     def _mark(self, node: int, change: int) -> None:
         self.pending[node] = self.pending.get(node, 0) + change

@@ -58,7 +58,8 @@ def events(tree: Tree) -> Iterator[Event]:
 def replay(grown: Tree, rule: TreePolicy, log: Iterable[Event] | None = None) -> Tree:
     """The tree that `log` (default: all of `grown`'s own) leads to; with a part of the log, as it was then.
 
-    Texts, ids, verdicts and initial values are taken from `grown`; visits, values and dead ends come out of the log.
+    Texts, ids, verdicts and initial values are taken from `grown`; visits, values, dead ends and nodes that were lost
+    with all that could follow them come out of the log.
 
     Raises:
         ValueError: the log selects or expands a node that does not exist yet: it is not this tree's.
@@ -87,8 +88,8 @@ def _expand(tree: Tree, grown: Tree, event: Expansion) -> None:
     for child in event.children:
         made = tree.add(
             event.node,
-            # A node that is dead and was expanded died later, when a rollout ended there.
-            NodeKind.STEP if grown.kind[child] is NodeKind.DEAD and grown.is_expanded(child) else grown.kind[child],
+            # A node that was expanded died, or was lost, later.
+            NodeKind.STEP if grown.is_expanded(child) else grown.kind[child],
             grown.text[child],
             grown.code[child],
             grown.token_ids[child],
@@ -105,6 +106,7 @@ def _expand(tree: Tree, grown: Tree, event: Expansion) -> None:
         if made != child:
             raise ValueError(f"the log makes node {child} as number {made}: an expansion before it is missing")
     tree.expanded_at[event.node] = tree.rollouts
+    tree.close_lost(event.node)
 
 
 def _back_up(tree: Tree, rule: TreePolicy, event: Backup) -> None:

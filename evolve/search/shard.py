@@ -19,14 +19,14 @@ from evolve.files import Place
 from evolve.policy.formats import format_named
 from evolve.schema import ValueKind
 from evolve.search.budget import TreeSummary, TreeTask
-from evolve.search.expand import Expander, InfrastructureError
+from evolve.search.expand import Expander
 from evolve.search.mcts import MCTS
 from evolve.search.rules import rule_of
 from evolve.search.seeds import tree_seed
 from evolve.service import RemotePolicy, RemoteReward, RemoteVerifier, ServiceClient
 from evolve.store.trees import TreeKey, to_batch, write_part
 from evolve.tree import Tree
-from evolve.types import Problem, RoundPlan, Sampling
+from evolve.types import Problem, RoundPlan, Sampling, Status
 
 PART_TREES = 64
 """Finished trees that make a part file."""
@@ -181,9 +181,6 @@ class _Round:
         key = TreeKey(task.problem.id, task.number)
         try:
             tree = await self._grow_tree(task, key)
-        except InfrastructureError as error:
-            await self.board.give_up.remote([(key, str(error))])
-            return
         finally:
             self.searches.pop(key, None)
         batch = to_batch(tree)
@@ -224,6 +221,7 @@ class _Round:
                 name = f"part-{self.name}-{uuid.uuid4().hex[:8]}.parquet"
                 part = await asyncio.to_thread(write_part, self.job.trees, name, [batch for batch, _ in finished])
                 await self.board.durable.remote(part)
+                del finished  # the references that keep its trees in the object store
 
 
 def summary_of(tree: Tree) -> TreeSummary:
@@ -238,6 +236,9 @@ def summary_of(tree: Tree) -> TreeSummary:
         rollouts=tree.rollouts,
         sampled_tokens=tree.sampled_tokens,
         scored_tokens=tree.scored_tokens,
-        executions=sum(map(bool, tree.code)),
+        executions=sum(
+            bool(code) and status is not Status.INFRASTRUCTURE
+            for code, status in zip(tree.code, tree.status, strict=True)
+        ),
         infrastructure_failures=tree.infrastructure_failures,
     )

@@ -100,8 +100,11 @@ class Growing:
         return ray.wait(refs, num_returns=len(refs), timeout=0)[0] if refs else []
 
     def _settle(self, ref: Any) -> None:
-        """A shard's call of `grow` has ended, for whatever reason."""
-        name, _ = self._growing.pop(ref)
+        """A shard's call of `grow` has ended, for whatever reason.
+
+        A shard that could not be reached may live: it is ended, for it must not grow twice at once.
+        """
+        name, shard = self._growing.pop(ref)
         try:
             get(ref, SETTLE_S, f"the end of {name}")
         except RayTaskError as error:
@@ -109,6 +112,7 @@ class Growing:
                 raise
             # The board is dead; its watch makes another.
         except RayActorError:
+            ray.kill(shard)
             self._announce(name)
         self._board.give_back.remote(name)
         self._stats.pop(name, None)

@@ -55,11 +55,17 @@ def grow_trees(run: Run, k: int) -> None:
         progress = _watch(run, k, growing, started)
     finally:
         growing.close()
+    _check_infrastructure(run.config, progress)
     seconds = time.monotonic() - started
     parts = _parts(directory, progress)
     directory.record(
         "search", **asdict(progress), parts=parts, policy=policy.digest, sandboxes=sandboxes, seconds=seconds
     )
+    if progress.infrastructure_failures:
+        run.line.end(
+            f"note: the sandbox or the grader failed {progress.infrastructure_failures} times; no label was made of "
+            f"that, and the trees concerned have a note"
+        )
     run.line.end(
         f"round {k}: {progress.trees} trees in {duration(seconds)}, {progress.solved} of {progress.problems} "
         f"problems solved"
@@ -132,8 +138,11 @@ def _board(run: Run, plan: RoundPlan, problems: tuple[Problem, ...], directory: 
     finished = _grown(directory)
     same_problems = plan.round > 1 and run.config.problems.per_round is None
     earlier = _grown(run.directory.round(plan.round - 1)) if same_problems else ()
-    arguments = (problems, finished, directory.trees, len(run.fleet.groups), earlier)
-    return ray.remote(Board).options(num_cpus=0).remote(EscalatingBudget(plan), *arguments)
+    return (
+        ray.remote(Board)
+        .options(num_cpus=0)
+        .remote(EscalatingBudget(plan), problems, finished, directory.trees, earlier)
+    )
 
 
 def _grown(directory: RoundDirectory) -> Summaries:
@@ -183,7 +192,7 @@ def _watch(run: Run, k: int, growing: Growing, started: float) -> Progress:
             raise ServiceError(f"round {k}: search is not done after cluster.stage_timeout_s; trees so far are safe")
         run.tell(growing.notes)
         if growing.latest is not None:
-            _check_infrastructure(run, growing.latest)
+            _check_infrastructure(run.config, growing.latest)
             if now - stats.get("at", 0.0) > STATS_S:
                 before, stats = stats, _fleet_stats(growing) | {"at": now}
             run.line.show(_search_line(k, growing.latest, before, stats, now - started))
@@ -218,12 +227,14 @@ def _search_line(k: int, progress: Progress, before: dict[str, float], stats: di
     return ", ".join(parts)
 
 
-def _check_infrastructure(run: Run, progress: Progress) -> None:
-    limit = run.config.verifier.max_infrastructure_failures
+def _check_infrastructure(config: EvolveConfig, progress: Progress) -> None:
+    """Raises ServiceError when the sandbox and the grader have failed too often for the run to go on."""
+    limit = config.verifier.max_infrastructure_failures
     failures, executions = progress.infrastructure_failures, progress.executions
     if failures > 20 and failures > limit * (executions + failures):
         raise ServiceError(
             f"{failures} of {executions + failures} executions failed for the sandbox's own reasons, more than "
             f"verifier.max_infrastructure_failures={limit:.1%}. No label was made of them. Check the machine with "
-            f"`python -m evolve.verify --self-test`."
+            f"`python -m evolve.verify --self-test`. Trees that are durable count again when the run is continued: "
+            f"raise the limit to keep them as they are, or remove their part files to have them grown again."
         )

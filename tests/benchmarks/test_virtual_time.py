@@ -78,7 +78,7 @@ def remote(method: Callable[..., Any]) -> SimpleNamespace:
 
 async def by_shards(problems: Sequence[Problem], job: SearchJob, policies: Sequence[SimulatedPolicy]) -> int:
     """Grow the trees by as many shards as there are engines; returns how many rollouts they had."""
-    board = Board(EscalatingBudget(job.plan), problems, (), job.trees, len(policies))
+    board = Board(EscalatingBudget(job.plan), problems, (), job.trees)
     calls = SimpleNamespace(**{name: remote(getattr(board, name)) for name in ("take", "publish", "durable")})
 
     async def one(name: str, policy: SimulatedPolicy) -> None:

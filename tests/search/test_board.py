@@ -12,7 +12,7 @@ from evolve.search.budget import EscalatingBudget, Standing, TreeSummary, TreeTa
 from evolve.search.shard import summary_of
 from evolve.store.trees import Part, TreeKey, to_batch, write_part
 from evolve.tree import Tree
-from evolve.types import NodeKind, Problem, RoundPlan
+from evolve.types import NodeKind, Problem, RoundPlan, Status
 
 PROBLEMS = [Problem(f"p{number}", "?", ("1",), difficulty=number % 2) for number in range(4)]
 
@@ -71,6 +71,27 @@ def test_trees_that_are_durable_already_are_not_grown_again(tmp_path: Path) -> N
     assert {(p, n) for p, n, _ in grown} == {(p, n) for p in ("p2", "p3") for n in (0, 1)}
 
 
+@pytest.mark.parametrize(
+    ("done", "correct", "expected"),
+    [
+        ((0, 1, 3), 0, [(2, 64)]),
+        ((0, 1, 3), 1, [(2, 64)]),
+        ((1, 3), 0, [(0, 16), (2, 64)]),
+        ((3,), 1, [(0, 16), (1, 16), (2, 64)]),
+        ((0, 1, 2), 0, [(3, 128)]),
+        ((0, 1, 2), 1, []),
+        ((0, 1, 2, 3), 0, []),
+        ((), 0, [(0, 16), (1, 16)]),
+    ],
+)
+def test_trees_that_were_lost_since_are_due_before_further_ones(
+    done: tuple[int, ...], correct: int, expected: list[tuple[int, int]]
+) -> None:
+    budget = EscalatingBudget(plan(trees=2, retry_trees=0, escalation=(64, 128)))
+    due = budget.due(PROBLEMS[0], Standing(done=done, correct=correct))
+    assert [(task.number, task.rollouts) for task in due] == expected
+
+
 def test_a_tree_published_twice_counts_once(tmp_path: Path) -> None:
     some = board(tmp_path, plan(retry_trees=0))
     some.take("s", 4)
@@ -110,11 +131,45 @@ def test_a_tree_finished_by_a_shard_thought_dead_is_not_grown_a_second_time(tmp_
     assert some.progress().settled == 4
 
 
+def test_a_problem_that_a_shard_thought_dead_did_not_solve_keeps_its_retries(tmp_path: Path) -> None:
+    some = board(tmp_path, plan())
+    some.take("slow", 4)
+    some.give_back("slow")
+    some.publish("slow", [(summary(p.id, 0, correct=p.id == "p0"), [None]) for p in PROBLEMS])
+    assert sorted(keys(some.take("other", 4))) == [("p1", 1), ("p2", 1), ("p3", 1)]
+
+
+def test_a_tree_that_two_shards_made_durable_is_in_one_place(tmp_path: Path) -> None:
+    some = board(tmp_path, plan(retry_trees=0))
+    some.take("slow", 4)
+    some.give_back("slow")
+    some.take("other", 4)
+    for shard in ("slow", "other"):
+        some.publish(shard, [(summary("p0", 0, correct=1), [f"the batch of {shard}"])])
+    assert some.sources("p0").batches == ("the batch of slow",)
+    for shard in ("other", "slow"):
+        some.durable(Part(f"part-{shard}.parquet", (TreeKey("p0", 0),)))
+    assert (some.sources("p0").batches, some.sources("p0").parts) == ((), (tmp_path / "part-other.parquet",))
+
+
 def test_the_last_trees_are_shared_out_fairly(tmp_path: Path) -> None:
-    some = board(tmp_path, plan(retry_trees=0), shards=2)
+    some = board(tmp_path, plan(retry_trees=0))
+    assert [some.take(shard, 0) for shard in ("a", "b")] == [[], []]
     first, second = some.take("a", 64), some.take("b", 64)
     assert (len(first or []), len(second or [])) == (2, 2)
     assert some.take("a", 64) == []
+
+
+def test_a_shard_that_joins_has_its_share_and_one_that_is_gone_has_none(tmp_path: Path) -> None:
+    some = board(tmp_path, plan(trees=3, retry_trees=0))
+    assert len(some.take("first", 4) or []) == 4
+    assert len(some.take("joins", 64) or []) == 6, "half of twelve"
+    assert len(some.take("first", 64) or []) == 2
+    gone = [f"gone-{number}" for number in range(14)]
+    assert [some.take(shard, 64) for shard in gone] == [[]] * 14
+    for shard in ("joins", *gone):
+        some.give_back(shard)
+    assert len(some.take("first", 64) or []) == 6, "all that is left"
 
 
 @pytest.mark.parametrize(
@@ -162,13 +217,13 @@ def test_a_settled_problem_gets_no_further_tree(tmp_path: Path) -> None:
     assert some.progress().settled == 4
 
 
-def test_a_tree_that_fails_again_and_again_stops_the_round_and_names_the_reason(tmp_path: Path) -> None:
+def test_a_tree_whose_shard_dies_again_and_again_stops_the_round_and_is_named(tmp_path: Path) -> None:
     some = board(tmp_path, plan(retry_trees=0))
-    key = TreeKey("p0", 0)
-    for _ in range(MAX_ATTEMPTS):
-        some.take("s", 8)
-        some.give_up([(key, "no sandbox")])
-    assert "no sandbox" in some.progress().failure
+    for attempt in range(MAX_ATTEMPTS):
+        assert some.progress().failure == "", attempt
+        assert some.take("s", 8)
+        some.give_back("s")
+    assert "shards died 3 times while tree 0 of problem p" in some.progress().failure
     assert some.take("s", 1) is None
 
 
@@ -200,6 +255,8 @@ def small_tree(problem: str) -> Tree:
     tree = Tree(problem, 1, 0, 9, (5, 6))
     step = tree.add(0, NodeKind.STEP, "# a", "a = 1", (7,), (-0.5,))
     tree.add(step, NodeKind.TERMINAL, "# b", "print(a)", (8,), (-0.25,), answer="1", correct=True)
+    tree.add(step, NodeKind.LOST, "# c", "b = 2", (9,), (-0.5,), status=Status.INFRASTRUCTURE)
+    tree.infrastructure_failures = 1
     for node in (0, 1, 2):
         tree.visits[node], tree.value_sum[node] = 2, 2.0
     tree.rollouts, tree.sampled_tokens = 2, 12
@@ -210,6 +267,7 @@ def test_summaries_of_a_continued_round_are_those_of_its_part_files(tmp_path: Pa
     write_part(tmp_path, "part-a.parquet", [to_batch(small_tree("p0")), to_batch(small_tree("p1"))])
     found = list(Summaries(tmp_path, ("part-a.parquet",)))
     assert [part for _, part in found] == ["part-a.parquet"] * 2
+    assert [(s.executions, s.infrastructure_failures) for s, _ in found] == [(2, 1)] * 2
     assert sorted((s for s, _ in found), key=lambda s: s.problem_id) == [
         summary_of(small_tree("p0")),
         summary_of(small_tree("p1")),
@@ -223,9 +281,9 @@ def test_statistics_of_a_problem_come_from_part_files_and_batches_alike(tmp_path
     assert (found.batches, found.parts) == ((), (tmp_path / "part-a.parquet",))
     second = replace(small_tree("p1"), number=1)
     table = statistics("p1", found.parts, to_batch(second))
-    assert table.column("tree").to_pylist() == [0, 0, 0, 1, 1, 1]
-    assert table.column("q").to_pylist() == [1.0] * 6
-    assert table.column("visits").to_pylist() == [2] * 6
+    assert table.column("tree").to_pylist() == [0] * 4 + [1] * 4
+    assert table.column("q").to_pylist() == [1.0, 1.0, 1.0, 0.0] * 2
+    assert table.column("visits").to_pylist() == [2, 2, 2, 0] * 2
 
 
 def test_the_batch_of_a_tree_leaves_the_object_store_once_the_tree_is_durable(tmp_path: Path) -> None:
@@ -239,7 +297,8 @@ def test_the_batch_of_a_tree_leaves_the_object_store_once_the_tree_is_durable(tm
 
 
 def test_trees_given_back_count_as_nobodys_when_the_rest_is_shared_out(tmp_path: Path) -> None:
-    some = board(tmp_path, plan(retry_trees=0), shards=2)
+    some = board(tmp_path, plan(retry_trees=0))
+    assert some.take("b", 0) == []
     assert len(some.take("a", 2) or []) == 2
     some.give_back("a")
     assert len(some.take("a", 64) or []) == 2

@@ -10,12 +10,12 @@ sys.path.insert(0, str(Path(__file__).parent))
 from doubles import PROBLEM, DigitFormat, DigitVerifier, LengthReward, RandomPolicy
 
 from evolve.search.beam import Beam, chosen
-from evolve.search.expand import Expander, InfrastructureError
+from evolve.search.expand import Expander
 from evolve.search.mcts import MCTS
 from evolve.search.uct import UCT
 from evolve.store.trees import from_table, to_table
-from evolve.tree import Tree
-from evolve.types import Candidate, NodeKind, Outcome, Sampling
+from evolve.tree import ROOT, Tree
+from evolve.types import Candidate, NodeKind, Outcome, Problem, Sampling, Status, Verdict
 
 
 def grown(
@@ -112,25 +112,113 @@ def test_a_terminal_can_be_visited_again_and_counts_again() -> None:
 
 def test_failures_of_the_sandbox_leave_no_label() -> None:
     trees = [grown(seed, verifier=DigitVerifier(lose=["+2"])) for seed in range(8)]
-    assert sum(tree.infrastructure_failures for tree in trees) > 0
-    assert all("+2" not in tree.code for tree in trees)
+    lost = [(tree, node) for tree in trees for node in range(len(tree)) if tree.code[node] == "+2"]
+    assert len(lost) > 8
+    for tree, node in lost:
+        assert (tree.kind[node], tree.status[node]) == (NodeKind.LOST, Status.INFRASTRUCTURE)
+        assert (tree.visits[node], tree.correct[node]) == (0, None)
 
 
-def test_a_node_whose_candidates_are_all_lost_stops_the_tree() -> None:
-    with pytest.raises(InfrastructureError, match="the sandbox is gone"):
-        grown(2, verifier=DigitVerifier(lose=["+1", "+2", "+3"]))
+def test_a_tree_whose_first_candidates_are_all_lost_ends_and_says_why() -> None:
+    tree = grown(2, verifier=DigitVerifier(lose=["+1", "+2", "+3"]))
+    assert tree.kind == [NodeKind.ROOT, NodeKind.LOST]
+    assert (tree.rollouts, tree.ends, tree.q(ROOT)) == (0, [], 0.0)
+    assert "the sandbox is gone" in tree.note
 
 
-def test_an_answer_that_could_not_be_graded_is_neither_right_nor_wrong() -> None:
-    tree = grown(2, verifier=DigitVerifier(outcome=Outcome.TIMEOUT))
-    assert list(tree.terminals()) == []
-    assert tree.infrastructure_failures > 0
+@pytest.mark.parametrize("outcome", [Outcome.TIMEOUT, Outcome.INFRASTRUCTURE])
+@pytest.mark.parametrize("at_once", [1, 4])
+def test_answers_that_can_never_be_graded_end_the_tree_without_a_label(outcome: Outcome, at_once: int) -> None:
+    for seed in range(8):
+        policy = Scripted({(): ["+1;", "+2;", "+3;"], ("+1;",): ["=;", "!;"], ("+2;",): ["=;"], ("+3;",): ["!;"]})
+        tree = grown(seed, 6, policy=policy, verifier=DigitVerifier(outcome=outcome), at_once=at_once)
+        assert list(tree.terminals()) == []
+        assert set(tree.ends) == {(tree.text.index("+3;"), -1.0)}
+        assert [tree.kind[tree.text.index(text)].value for text in ("+1;", "+2;", "+3;")] == ["lost", "lost", "dead"]
+        assert tree.visits[ROOT] == len(tree.ends)
+        assert tree.infrastructure_failures == 4
+        assert f"grading ended with {outcome}" in tree.note
+
+
+def test_rollouts_that_end_without_a_value_use_up_the_trees_rollouts() -> None:
+    policy = Endless()
+    tree = grown(1, 5, policy=policy, verifier=DigitVerifier(outcome=Outcome.TIMEOUT), max_depth=50)
+    assert tree.rollouts == 0
+    assert policy.calls == 1 + 5
+
+
+def test_a_candidate_beside_those_that_were_lost_does_not_make_their_node_a_dead_end() -> None:
+    policy = Scripted({(): ["+1;", "+3;"], ("+1;",): ["+2;", "bad"], ("+3;",): ["+1;"], ("+3;", "+1;"): ["=;"]})
+    tree = grown(1, 6, policy=policy, verifier=DigitVerifier(lose=["+2"]))
+    [lost], [right] = ([node for node in tree.children[ROOT] if tree.text[node] == text] for text in ("+1;", "+3;"))
+    assert (tree.kind[lost], tree.visits[lost], tree.q(lost)) == (NodeKind.LOST, 0, 0.0)
+    assert [tree.kind[child].value for child in tree.children[lost]] == ["lost", "dead"]
+    assert tree.q(ROOT) == tree.q(right) == 1.0
+    assert tree.rollouts == 5, "one of six was lost"
+
+
+def test_a_node_whose_last_live_child_dies_beside_a_lost_one_is_lost_and_not_dead() -> None:
+    policy = Scripted({(): ["+1;"], ("+1;",): ["+2;", "+3;"], ("+1;", "+3;"): ["bad"]})
+    tree = grown(1, 6, policy=policy, verifier=DigitVerifier(lose=["+2"]))
+    node, dead = tree.text.index("+1;"), tree.text.index("+3;")
+    assert tree.kind[node] is NodeKind.LOST
+    assert tree.ends == [(dead, -1.0)], "of the dead one, and none of the node above it"
+
+
+def test_what_is_lost_once_is_judged_again_and_gives_the_tree_of_an_undisturbed_search() -> None:
+    class Hiccup(DigitVerifier):
+        hiccups = 1
+
+        async def check(self, problem: Problem, parent: tuple[str, ...], step: str) -> Verdict:
+            if self.hiccups:
+                self.hiccups -= 1
+                return Verdict(Status.INFRASTRUCTURE, message="no memory just now")
+            return await super().check(problem, parent, step)
+
+    tree, undisturbed = grown(3, verifier=Hiccup()), grown(3)
+    assert tree.infrastructure_failures == 1
+    tree.infrastructure_failures, tree.note = 0, ""
+    assert to_table([tree]).equals(to_table([undisturbed]))
 
 
 def test_a_depth_limit_ends_in_a_dead_end_that_lowers_the_tree() -> None:
     tree = grown(1, rollouts=4, max_depth=1)
-    assert tree.rollouts <= 4
-    assert all(tree.kind[node] is not NodeKind.STEP for node in range(1, len(tree)))
+    assert [tree.kind[node] for node in range(1, len(tree))] == [NodeKind.DEAD]
+    assert tree.ends == [(ROOT, -1.0)]
+    assert tree.q(ROOT) == -1.0
+
+
+def test_a_dead_end_two_steps_down_lowers_every_step_to_it_and_not_the_right_one_beside() -> None:
+    script = {(): ["+1;", "+3;"], ("+1;",): ["+2;"], ("+1;", "+2;"): ["bad"], ("+3;",): ["+1;"], ("+3;", "+1;"): ["=;"]}
+    tree = grown(1, 6, policy=Scripted(script))
+    first, below, beside = (tree.text.index(text) for text in ("+1;", "+2;", "+3;"))
+    [right] = tree.terminals()
+    assert sorted(tree.ends) == [*[(right, 1.0)] * 5, (below, -1.0)]
+    assert [tree.q(node) for node in (below, first, beside)] == [-1.0, -1.0, 1.0]
+    assert tree.q(ROOT) == pytest.approx((5 - 1) / 6)
+
+
+class Scripted(RandomPolicy):
+    """Continues each solution, given as the texts of its steps, by what is written for it."""
+
+    def __init__(self, script: dict[tuple[str, ...], list[str]]) -> None:
+        super().__init__()
+        self.script = {"".join(texts): candidates for texts, candidates in script.items()}
+
+    async def propose(self, prefixes: object, n: int, sampling: Sampling) -> list[list[Candidate]]:
+        [prefix] = prefixes
+        texts = self.script["".join(map(chr, prefix[3:]))]
+        return [[Candidate(t, tuple(map(ord, t)), (-0.5,) * len(t), truncated=not t.endswith(";")) for t in texts]]
+
+
+class Endless(RandomPolicy):
+    """Has 50 steps to begin with, each of which may only be followed by the end."""
+
+    async def propose(self, prefixes: object, n: int, sampling: Sampling) -> list[list[Candidate]]:
+        self.calls += 1
+        [prefix] = prefixes
+        texts = [f"+{number};" for number in range(50)] if len(prefix) == 3 else ["=;"]
+        return [[Candidate(t, tuple(map(ord, t)), (-0.5,) * len(t)) for t in texts]]
 
 
 class Silent(RandomPolicy):

@@ -31,15 +31,18 @@ searches = st.fixed_dictionaries(
         "augmented": st.booleans(),
         "at_once": st.integers(1, 4),
         "max_depth": st.integers(1, 6),
+        "lose": st.sampled_from([(), ("+2",), ("+2", "="), ("+2", "+3", "=")]),
     }
 )
 
 
-def grown(seed: int, rollouts: int, rule: str, augmented: bool, at_once: int, max_depth: int) -> tuple[Tree, MeanValue]:
+def grown(
+    seed: int, rollouts: int, rule: str, augmented: bool, at_once: int, max_depth: int, lose: tuple[str, ...] = ()
+) -> tuple[Tree, MeanValue]:
     tree = Tree(PROBLEM.id, 1, 0, seed, (1, 2, 3))
     reward = LengthReward() if augmented else None
     policy = RandomPolicy(0.001 if at_once > 1 else 0.0)
-    expander = Expander(policy, DigitVerifier(), DigitFormat(), Sampling(), 4, max_depth, reward)
+    expander = Expander(policy, DigitVerifier(lose), DigitFormat(), Sampling(), 4, max_depth, reward)
     chosen = RULES[rule](rollouts=rollouts, augmented=augmented)
     asyncio.run(MCTS(expander, chosen, at_once).grow(tree, PROBLEM))
     return tree, chosen

@@ -46,12 +46,14 @@ class Policy:
 
 
 class Verifier:
-    """Runs everything; prints what the code says."""
+    """Runs everything; prints what the code says. The grading of a problem without an answer does not end."""
 
     async def check(self, problem: Problem, parent: tuple[str, ...], step: str) -> Verdict:
         return Verdict(Status.OK, stdout=step.removeprefix("print(").removesuffix(")") if "print" in step else "")
 
     async def grade(self, problem: Problem, answer: str) -> Outcome:
+        if not problem.answers:
+            return Outcome.TIMEOUT
         return Outcome.CORRECT if answer in problem.answers else Outcome.WRONG
 
     async def stats(self) -> Mapping[str, float]:
@@ -79,7 +81,7 @@ def grow(directory: Path, problems: Sequence[Problem], shards: int = 1) -> tuple
         policy=("/checkpoint", "policy"),
         ppm=None,
     )
-    board = ray.remote(Board).options(num_cpus=0).remote(EscalatingBudget(plan), problems, (), directory, shards)
+    board = ray.remote(Board).options(num_cpus=0).remote(EscalatingBudget(plan), problems, (), directory)
     made = [
         actor(Shard, f"shard-{i}", actor(ServiceHost, Policy), actor(ServiceHost, Verifier), None, 60.0)
         for i in range(shards)
@@ -115,6 +117,17 @@ def test_the_trees_do_not_depend_on_how_many_shards_grew_them(tmp_path: Path) ->
     assert [(t.problem_id, t.text, t.visits) for t in one] == [(t.problem_id, t.text, t.visits) for t in two]
 
 
+def test_a_problem_whose_answers_cannot_be_graded_gets_its_tree_with_a_note_and_stops_nobody(tmp_path: Path) -> None:
+    problems = [Problem("hangs", "question", ()), Problem("other", "question", ("3",))]
+    (hangs, other), progress = grow(tmp_path, problems)
+    assert (progress.done, progress.failure, progress.trees, progress.settled) == (True, "", 2, 2)
+    assert progress.infrastructure_failures == hangs.infrastructure_failures > 0
+    assert "grading ended with timeout" in hangs.note
+    assert not list(hangs.terminals())
+    assert other.rollouts == 6
+    assert other.note == ""
+
+
 def test_q_values_of_a_problem_are_had_while_the_round_runs_and_after_its_tree_is_durable(tmp_path: Path) -> None:
     import ray
 
@@ -137,6 +150,47 @@ def test_q_values_of_a_problem_are_had_while_the_round_runs_and_after_its_tree_i
     assert q_values(board, "p0").equals(live)
     with pytest.raises(KeyError, match="p1"):
         q_values(board, "p1")
+    ray.kill(board)
+
+
+def test_a_durable_tree_leaves_the_object_store_while_others_grow(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    import ray
+    from ray._private.worker import global_worker
+
+    worker = global_worker.core_worker
+    budget = EscalatingBudget(RoundPlan(1, Generator.previous, ValueKind.terminal, 6, 4, 2.0, 1, 0, ()))
+    problems = [Problem("p0", "?", ("3",)), Problem("p1", "?", ("3",))]
+    board = ray.remote(Board).options(num_cpus=0).remote(budget, problems, (), tmp_path)
+    tree = Tree("p0", 1, 0, 9, (5, 6))
+    tree.add(0, NodeKind.DEAD, "# " + "a" * 10**6, "", (8,), (-0.25,))
+
+    async def publish(round_: Any) -> bytes:
+        batch = to_batch(tree)
+        reference = ray.put(batch)
+        round_.finished.append((batch, reference))
+        await board.take.remote("s", 8)
+        await board.publish.remote("s", [(summary_of(tree), [reference])])
+        return reference.binary()
+
+    async def run() -> None:
+        round_ = shard._Round("s", SimpleNamespace(trees=tmp_path), board, None)
+        name = await publish(round_)
+        assert worker.object_exists(ray.ObjectRef(name))
+        assert name.hex().encode() in worker.get_all_reference_counts()
+        writing = asyncio.create_task(round_._write_parts())
+        round_.flush.set()
+        async with asyncio.timeout(30):
+            while name.hex().encode() in worker.get_all_reference_counts():  # noqa: ASYNC110 (nothing tells)
+                await asyncio.sleep(0.01)
+        assert not worker.object_exists(ray.ObjectRef(name))
+        assert not writing.done()
+        round_.close()
+        await asyncio.wait_for(writing, 30)
+
+    monkeypatch.setattr(shard, "PART_SECONDS", 3600.0)
+    asyncio.run(run())
     ray.kill(board)
 
 

@@ -5,6 +5,7 @@ import signal
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -50,7 +51,7 @@ def grow(fleet: Fleet, trees: Path, disturb: Callable[[Growing], None] | None = 
 
     def board() -> Any:
         finished = Summaries(trees, tuple(sorted(path.name for path in trees.glob("part-*.parquet"))))
-        return ray.remote(Board).options(num_cpus=0).remote(EscalatingBudget(PLAN), PROBLEMS, finished, trees, 2)
+        return ray.remote(Board).options(num_cpus=0).remote(EscalatingBudget(PLAN), PROBLEMS, finished, trees)
 
     growing = Growing(fleet, job, board)
     deadline = time.monotonic() + 300
@@ -101,6 +102,28 @@ def test_a_search_ends_with_the_same_trees_whoever_dies(
     fleet: Fleet, undisturbed: list[Any], tmp_path: Path, disturb: Callable[[Growing], None]
 ) -> None:
     assert grow(fleet, tmp_path / "trees", disturb) == undisturbed
+
+
+def test_a_shard_that_cannot_be_reached_is_ended_before_its_trees_are_grown_by_others(
+    fleet: Fleet, undisturbed: list[Any], tmp_path: Path
+) -> None:
+    import ray
+    from ray.exceptions import RayActorError
+
+    unreachable = []
+
+    def lose_contact(growing: Growing) -> None:
+        """The call of `grow` ends as one of a dead actor does; the shard lives."""
+        ref, (name, shard) = next(iter(growing._growing.items()))
+        del growing._growing[ref]
+        dead = ray.remote(SimpleNamespace).options(num_cpus=0).remote()
+        ray.kill(dead)
+        growing._growing[dead.__ray_ready__.remote()] = (name, shard)
+        unreachable.append(shard)
+
+    assert grow(fleet, tmp_path / "trees", lose_contact) == undisturbed
+    with pytest.raises(RayActorError):
+        ray.get(unreachable[0].__ray_ready__.remote(), timeout=60)
 
 
 def test_a_search_that_is_ended_keeps_its_finished_trees(fleet: Fleet, undisturbed: list[Any], tmp_path: Path) -> None:
