@@ -88,9 +88,10 @@ class TrainerGroup:
 
     def _run(self) -> None:
         """Ray Train's `fit`, which returns when the workers do."""
-        from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+        from ray.train import CheckpointConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
         from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+        from ray.train.v2.api.config import FailureConfig
 
         mailbox = self._mailbox
 
@@ -214,7 +215,8 @@ class TrainerGroup:
             f"{job.kind} training of {job.output}: {there} of its {count} workers ({self.workers.cpus:g} CPUs"
             f"{' and a GPU' if self.workers.gpu else ''} each) have started within {self._start_timeout_s:.0f} s, "
             f"{count - there} are missing; the cluster has {have} free. Add nodes and run again to go on from the last "
-            f"checkpoint in {job.partial}, or set sft.workers to what there is room for, which begins it anew"
+            f"checkpoint in {job.partial}; or begin it anew with as many as there is room for: set sft.workers, and "
+            "run.allow_changes=true"
         )
 
     def _check_alive(self, job: TrainJob) -> None:
@@ -222,7 +224,8 @@ class TrainerGroup:
             reason = str(self._error).strip().splitlines()
             raise TrainerDied(
                 f"the trainer group ended during the training of {job.output}, after its workers died, or could not be "
-                f"started, more than {self._max_failures} times (cluster.restarts): {reason[-1] if reason else 'no reason was given'}\n"
+                f"started, more than {self._max_failures} times (cluster.restarts): "
+                f"{reason[-1] if reason else 'no reason was given'}\n"
                 f"Steps up to the last checkpoint in {job.partial} are kept."
             ) from self._error
 
