@@ -112,7 +112,11 @@ class Evaluator:
         self._finished: list[dict[str, Any]] = []
 
     async def evaluate(self, problems: Sequence[Problem], job: EvalJob) -> list[dict[str, Any]]:
-        """One `Record` a problem, as a dictionary, in the problems' order."""
+        """One `Record` a problem, as a dictionary, in the problems' order.
+
+        Raises:
+            ServiceError: an engine or the verifier did not answer.
+        """
         self._finished = finished = []
         self.policy.client.expects = job.policy
         if self.reward is not None:
@@ -125,8 +129,11 @@ class Evaluator:
                 finished.append(record)
                 return record
 
-        async with asyncio.TaskGroup() as group:
-            tasks = [group.create_task(one(problem)) for problem in problems]
+        try:
+            async with asyncio.TaskGroup() as group:
+                tasks = [group.create_task(one(problem)) for problem in problems]
+        except ExceptionGroup as failures:
+            raise failures.exceptions[0] from None
         return [task.result() for task in tasks]
 
     async def finished(self, start: int) -> list[dict[str, Any]]:

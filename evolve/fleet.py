@@ -171,8 +171,8 @@ class Fleet:
             self._recruit(nodes)
             self._join(nodes)
         self._let_go(now)
-        self.watch.poll()
-        self._empty = None if self.groups else self._empty or now
+        unattended = self.watch.poll()
+        self._empty = None if self.groups else now if self._empty is None else self._empty + unattended
         patience = self.config.cluster.placement_timeout_s + self._serving.engine.start_timeout_s
         if self._empty is not None and now - self._empty > patience:
             raise ServiceError(f"no shard has been at work for {patience:.0f} s: {self._lacking()}")

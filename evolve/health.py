@@ -77,7 +77,7 @@ class Health:
     """Digest of the checkpoint it must serve; empty: it serves none."""
     state: State = State.STARTING
     since: float = 0.0
-    """When the state began; for `SUSPECT`, when it last answered."""
+    """When the state began; for `SUSPECT`, when it last answered. Later by what was `unattended` since."""
     deaths: list[Death] = field(default_factory=list)
     recovery_s: list[float] = field(default_factory=list)
     """From each death to health again."""
@@ -139,6 +139,10 @@ class Health:
             }[self.state]
             return self.failed(now, f"it did not {doing} within {self.limits.start_s:.0f} s")
         return Act.WAIT
+
+    def unattended(self, now: float, seconds: float) -> None:
+        """For so long nobody asked or looked: this counts neither as silence nor as a start that takes long."""
+        self.since = min(self.since + seconds, now)
 
     # ------------------------------------------------------------------ inside
 

@@ -251,7 +251,8 @@ class TrainConfig:
     zero_stage: int = 2
     precision: Precision = Precision.bf16
     workers: int | None = None
-    """Trainer workers; null: every GPU, or 2 on CPUs."""
+    """Trainer workers; null: every GPU, at most `batch`, or 2 on CPUs. An interrupted training goes on with as many as
+    it had."""
     cpus_per_worker: float = 1.0
     gradient_checkpointing: bool = False
     checkpoint_steps: int = 200
@@ -321,7 +322,8 @@ class ClusterConfig:
     verifier_cpus: float = 1.0
     """CPUs of one shard's verifier."""
     placement_timeout_s: float = 1800.0
-    """For a node with room for a shard to be there, which an autoscaler may have to add."""
+    """For a node with room for a shard to be there, or for all trainers to have started: an autoscaler may have to add
+    nodes for them."""
     stage_timeout_s: float = 86400.0
     restarts: int = 3
     """Deaths of one actor within `restart_window_s` that are mended; one more stops the run."""

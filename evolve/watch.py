@@ -23,6 +23,8 @@ from evolve.health import Act, Health, Limits, State
 from evolve.service import Pulse, Question
 
 PULSE_S = 2.0
+ATTENDED_S = 2.0
+"""What passes from one poll to the next counts for at most so long: who does not look does not know who was silent."""
 LAST_LINES = 12
 LOG_TIMEOUT_S = 10.0
 
@@ -122,6 +124,7 @@ class Watch:
     def __init__(self, limits: Limits) -> None:
         self._limits = limits
         self._watched: dict[str, Watched] = {}
+        self._polled = float("inf")
         self.recoveries: deque[tuple[str, str, float]] = deque(maxlen=1000)
         """(actor, what it had died of, seconds until it was healthy again), newest last."""
 
@@ -149,20 +152,25 @@ class Watch:
         for name in names:
             self._watched.pop(name, None)
 
-    def poll(self) -> None:
-        """Look after all of them.
+    def poll(self) -> float:
+        """Look after all of them; return the seconds since the last time for which nobody did.
 
         Raises:
             Exhausted: one died too often.
             EvolveError: one cannot run for a reason that no restart mends.
         """
+        now = time.monotonic()
+        unattended = max(0.0, now - self._polled - ATTENDED_S)
+        self._polled = now
         for watched in list(self._watched.values()):
             health = watched.health
+            health.unattended(now, unattended)
             mended = len(health.recovery_s)
             if watched.poll(time.monotonic()) is Act.STOP:
                 raise Exhausted(_report(watched))
             if len(health.recovery_s) > mended:
                 self.recoveries.append((health.name, health.deaths[-1].reason, health.recovery_s[-1]))
+        return unattended
 
     def unhealthy(self, *names: str) -> dict[str, str]:
         """The state of each of these actors (none given: all) that is not healthy."""

@@ -143,3 +143,31 @@ def test_a_successor_that_cannot_be_started_is_a_death_of_its_own() -> None:
     assert made.failed(5.0, "no memory") is Act.KILL
     assert made.failed(8.0, "no memory") is Act.STOP
     assert [death.reason for death in made.deaths] == ["killed", "no memory", "no memory"]
+
+
+def test_what_nobody_looked_at_is_no_silence_but_silence_before_and_after_it_adds_up() -> None:
+    made = healthy()
+    made.tick(16.0)
+    made.unattended(4000.0, 3980.0)
+    assert made.tick(4000.0) is Act.WAIT
+    assert made.tick(4001.0) is Act.WAIT
+    assert made.tick(4001.1) is Act.KILL
+
+
+@pytest.mark.parametrize("begin", ["starting", "checking", "restarting"])
+def test_a_start_does_not_take_too_long_because_nobody_looked(begin: str) -> None:
+    made = engine()
+    if begin == "checking":
+        made.answered(0.0, None)
+    if begin == "restarting":
+        made.died(0.0, "killed")
+    made.unattended(4000.0, 3990.0)
+    assert made.tick(4000.0) is Act.WAIT
+    assert made.tick(4041.0) is Act.KILL
+
+
+def test_an_actor_made_while_nobody_looked_has_no_more_time_than_others() -> None:
+    made = Health("board", LIMITS, since=3995.0)
+    made.unattended(4000.0, 3990.0)
+    assert made.tick(4049.0) is Act.WAIT
+    assert made.tick(4051.0) is Act.KILL

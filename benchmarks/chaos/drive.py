@@ -44,7 +44,7 @@ def drive(engines: str, arguments: Sequence[str]) -> int:
             yield run
 
     stages.open_run = opened  # type: ignore[assignment]
-    running.trainer_workers = lambda config, device: replace(workers(config, "cpu"), gpu=False)
+    running.trainer_workers = lambda config, *_: replace(workers(config, "cpu"), gpu=False)
     return driver.main(arguments)
 
 

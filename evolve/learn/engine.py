@@ -20,18 +20,15 @@ from transformers.integrations.deepspeed import HfDeepSpeedConfig
 
 from evolve.files import (
     Place,
-    entries,
-    file_digest,
     files_below,
-    is_published,
     local_directory,
     publish_shares,
     put_share,
-    remove_tree,
     workshop,
 )
 from evolve.learn.errors import LearningError
-from evolve.remote import Damaged, RemotePath
+from evolve.learn.resuming import discard_checkpoints
+from evolve.remote import RemotePath
 from evolve.schema import Precision, TrainConfig
 
 _COPIED = (
@@ -164,7 +161,8 @@ def save_checkpoint(engine: Any, directory: Place, step: int, plan: str, history
     if dist.get_rank() == 0:
         files = {name: identity for part in parts for name, identity in part.items()}
         digests = {name: digest for name, (_, digest) in files.items()}
-        (aside / "meta.json").write_text(json.dumps({"step": step, "plan": plan, "files": digests}))
+        meta = {"step": step, "plan": plan, "workers": dist.get_world_size(), "files": digests}
+        (aside / "meta.json").write_text(json.dumps(meta))
         publish_shares(aside, files | put_share(aside, ["meta.json"], target), target)
         discard_checkpoints(directory, but=step)
     dist.barrier()
@@ -183,36 +181,6 @@ def _share_of_disk(directory: Place) -> tuple[int, int]:
     disks: list[Any] = [None] * dist.get_world_size()
     dist.all_gather_object(disks, disk)
     return disks[: dist.get_rank()].count(disk), disks.count(disk)
-
-
-def discard_checkpoints(directory: Place, but: int | None = None) -> None:
-    """Remove all checkpoints in `directory`, except that made after `but` steps."""
-    for old in entries(directory, "checkpoint-*"):
-        if old.name != f"checkpoint-{but}":
-            remove_tree(old)
-
-
-def find_checkpoint(directory: Place, plan: str) -> tuple[int, str | None]:
-    """Steps done by the newest usable checkpoint (0: none), and why one that exists is unusable.
-
-    A checkpoint belongs to a plan: the same rows, settings and number of workers.
-    """
-    found = sorted(filter(is_published, entries(directory, "checkpoint-*")), key=lambda p: int(p.name.split("-")[1]))
-    if not found:
-        return 0, None
-    try:
-        newest = local_directory(found[-1])
-    except (Damaged, FileNotFoundError) as error:
-        return 0, f"{error}: starting afresh"
-    meta = json.loads((newest / "meta.json").read_text())
-    if meta["plan"] != plan:
-        return 0, (f"{found[-1]} was made with other rows, settings or number of workers: starting afresh")
-    for name, expected in meta["files"].items():
-        file = newest / name
-        # Loading would not notice: torch's archives are read without their checksums.
-        if not file.is_file() or file_digest(file) != expected:
-            return 0, f"{file} is missing or damaged: starting afresh"
-    return int(meta["step"]), None
 
 
 def load_checkpoint(engine: Any, directory: Place, step: int) -> dict[str, Any]:

@@ -16,6 +16,12 @@ RESULT_FILE = "training.json"
 """In a published checkpoint: the job's digest and its metrics."""
 
 
+def partial_of(output: str | Place) -> Place:
+    """Where checkpoints lie while a training is under way that will publish `output`."""
+    output = place(output)
+    return output.with_name(output.name + ".partial")
+
+
 @dataclass(frozen=True, slots=True)
 class TrainJob:
     """One training: SFT with an `SFTConfig`, a PPM with a `PPMConfig`."""
@@ -39,8 +45,7 @@ class TrainJob:
     @property
     def partial(self) -> Place:
         """Working directory of the job."""
-        output = place(self.output)
-        return output.with_name(output.name + ".partial")
+        return partial_of(self.output)
 
     def digest(self) -> str:
         """Identifies what determines the result, up to the order of floating-point sums.

@@ -32,6 +32,13 @@ class Standing:
     """None: not yet."""
     metrics: dict[str, float] | None = None
     """The latest of the training, once there are some."""
+    notes: tuple[str, ...] = ()
+    """What its workers want the user to know of it."""
+    groups: int = 0
+    """How often workers were begun to be started, as far as this mailbox was told: one more, and those before are
+    gone."""
+    workers: int = 0
+    """How many of the newest have asked for a task."""
 
 
 class Mailbox:
@@ -45,6 +52,8 @@ class Mailbox:
         self._task: Task | None = None
         self._outcome: Outcome | None = None
         self._metrics: dict[str, float] | None = None
+        self._notes: tuple[str, ...] = ()
+        self._groups = 0
         self._workers: dict[int, tuple[Any, int]] = {}
         self._closed = False
         self._changed = asyncio.Condition()
@@ -63,11 +72,16 @@ class Mailbox:
 
     async def submit(self, task: Task) -> None:
         """Leave a task for the workers; the one before it is forgotten."""
-        self._task, self._outcome, self._metrics = task, None, None
+        self._task, self._outcome, self._metrics, self._notes = task, None, None, ()
         await self._notify()
 
+    async def begin_group(self) -> None:
+        """Workers are about to be started; there are none of before any longer."""
+        self._groups += 1
+        self._workers = {}
+
     async def workers(self) -> dict[int, tuple[Any, int]]:
-        """Actor and process id of each worker that has asked for a task, by rank."""
+        """Actor and process id of each worker of the newest group that has asked for a task, by rank."""
         return self._workers
 
     async def take(self, rank: int, worker: Any, pid: int, done: str | None, wait_s: float) -> Task | str:
@@ -92,6 +106,11 @@ class Mailbox:
             self._metrics = metrics
         return not self._closed
 
+    async def note(self, name: str, text: str) -> None:
+        """Leave word of a task for the user."""
+        if self._task is not None and self._task.name == name:
+            self._notes += (text,)
+
     async def finish(self, name: str, outcome: Outcome) -> None:
         """Note what became of a task."""
         if self._task is not None and self._task.name == name:
@@ -103,7 +122,7 @@ class Mailbox:
         if self._task is None or self._task.name != name:
             return Standing(known=False)
         await self._until(lambda: self._outcome is not None, wait_s)
-        return Standing(True, self._outcome, self._metrics)
+        return Standing(True, self._outcome, self._metrics, self._notes, self._groups, len(self._workers))
 
     async def close(self) -> None:
         """Let workers that ask for a task end, and those at work stop at a checkpoint."""

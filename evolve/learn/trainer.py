@@ -15,6 +15,7 @@ Ray Train, whose record can miss one that was made less than a second before a c
 from __future__ import annotations
 
 import contextlib
+import os
 import threading
 import time
 import uuid
@@ -34,6 +35,7 @@ from evolve.remote import RemotePath
 from evolve.service import get
 
 OnProgress = Callable[[TrainJob, Mapping[str, float]], None]
+OnNote = Callable[[str], None]
 
 _WAIT_S = 0.5
 _CLOSE_S = 30.0
@@ -47,7 +49,8 @@ class TrainerGroup:
     """Trainer workers that live until `close`.
 
     `storage` is a directory for Ray Train's own bookkeeping. `max_failures`: how often the group may lose a
-    worker before `fit` gives up. `start_timeout_s` bounds the wait for the workers.
+    worker before `fit` gives up. `start_timeout_s` bounds every wait for all workers to be there: nodes may have
+    to come for them, at first and in place of lost ones.
     """
 
     def __init__(
@@ -73,9 +76,10 @@ class TrainerGroup:
         self.close()
 
     def start(self) -> None:
-        """Begin to start the workers, without waiting for them. Done by `fit` where it was not before."""
-        if self._thread is not None:
+        """Begin to start the workers, without waiting for them. Done by `fit` where there are none."""
+        if self._thread is not None and self._thread.is_alive():
             return
+        self.close()
         self._error = None
         lives: dict[str, Any] = {"max_restarts": self._max_failures, "max_task_retries": -1}
         self._mailbox = ray.remote(Mailbox).options(num_cpus=0, max_concurrency=1000, **lives).remote()
@@ -84,8 +88,18 @@ class TrainerGroup:
 
     def _run(self) -> None:
         """Ray Train's `fit`, which returns when the workers do."""
-        from ray.train import CheckpointConfig, FailureConfig, RunConfig, ScalingConfig
+        from ray.train import CheckpointConfig, RunConfig, ScalingConfig
         from ray.train.torch import TorchConfig, TorchTrainer
+        from ray.train.v2._internal.execution.callback import WorkerGroupCallback
+        from ray.train.v2.api.config import FailureConfig
+
+        mailbox = self._mailbox
+
+        class Announce(WorkerGroupCallback):
+            """Tells the mailbox of every start of workers; runs where Ray Train's controller does."""
+
+            def before_worker_group_start(self, worker_group_context: Any) -> None:
+                get(mailbox.begin_group.remote(), _ANSWER_S, "the trainers' mailbox")
 
         class Trainer(TorchTrainer):
             """Without the process that watches the controller through Ray's dashboard.
@@ -97,8 +111,10 @@ class TrainerGroup:
 
             def _create_default_callbacks(self) -> list[Any]:
                 callbacks = super()._create_default_callbacks()  # type: ignore[misc]
-                return [c for c in callbacks if type(c).__name__ != "PlacementGroupCleanerCallback"]
+                return [Announce(), *(c for c in callbacks if type(c).__name__ != "PlacementGroupCleanerCallback")]
 
+        # Else Ray Train asks for room anew each minute, and every time counts as a failure. `fit` is less patient.
+        os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(self._start_timeout_s + _HANG_S)
         trainer = Trainer(
             serve,
             train_loop_config={
@@ -115,7 +131,9 @@ class TrainerGroup:
             run_config=RunConfig(
                 name=f"trainer-{uuid.uuid4().hex[:8]}",
                 **_storage(self._storage),
-                failure_config=FailureConfig(max_failures=self._max_failures),
+                failure_config=FailureConfig(
+                    max_failures=self._max_failures, controller_failure_limit=self._max_failures
+                ),
                 checkpoint_config=CheckpointConfig(),
             ),
         )
@@ -125,37 +143,57 @@ class TrainerGroup:
             # Raised again in the thread that waits for a result.
             self._error = error
 
-    def fit(self, jobs: Sequence[TrainJob], on_progress: OnProgress | None = None) -> list[TrainResult]:
+    def fit(
+        self, jobs: Sequence[TrainJob], on_progress: OnProgress | None = None, on_note: OnNote | None = None
+    ) -> list[TrainResult]:
         """Train the jobs in order; a job may start from the output of one before it.
 
+        `on_note` is told, once, what the user should know, such as a checkpoint that could not be used.
+
         Raises `LearningError` for rows or settings that cannot be trained with, `TrainingTimeoutError`
-        after a job's `config.timeout_s`, and `TrainerDied` when workers or their mailbox keep dying.
+        after a job's `config.timeout_s` or when workers are not there in time, and `TrainerDied` when workers
+        or their mailbox keep dying.
         """
         for job in jobs:
             job.check(self.workers.count)
         self.start()
-        return [self._fit(_absolute(job), on_progress) for job in jobs]
+        return [self._fit(_absolute(job), on_progress, on_note) for job in jobs]
 
-    def _fit(self, job: TrainJob, on_progress: OnProgress | None) -> TrainResult:
+    def _fit(self, job: TrainJob, on_progress: OnProgress | None, on_note: OnNote | None) -> TrainResult:
         name = self._submit(job)
-        self._await_start(job)
-        deadline = time.monotonic() + job.config.timeout_s + _HANG_S
+        limit = job.config.timeout_s + _HANG_S
+        start_by: float | None = time.monotonic() + self._start_timeout_s
+        deadline = time.monotonic() + self._start_timeout_s + limit
+        groups = told = 0
         seen: dict[str, float] = {}
         while True:
             standing: Standing = self._ask("standing", name, _WAIT_S)
             if not standing.known:
-                name = self._submit(job)
+                # A new mailbox, which knows nothing of the workers either that are at work.
+                name, groups, told, start_by = self._submit(job), 0, 0, None
                 continue
             if standing.metrics is not None and standing.metrics != seen:
                 seen = standing.metrics
                 if on_progress is not None:
                     on_progress(job, seen)
+            for text in standing.notes[told:]:
+                if on_note is not None:
+                    on_note(text)
+            told = len(standing.notes)
             if isinstance(standing.outcome, Exception):
                 raise standing.outcome
             if standing.outcome is not None:
                 return standing.outcome
             self._check_alive(job)
-            if time.monotonic() > deadline:
+            now = time.monotonic()
+            if standing.groups > groups:
+                groups, start_by = standing.groups, start_by or now + self._start_timeout_s
+            if start_by is not None and standing.workers >= self.workers.count:
+                start_by, deadline = None, now + limit
+            if start_by is not None and now > start_by:
+                self._kill()
+                raise TrainingTimeoutError(self._lacking(job, standing.workers))
+            if now > deadline:
                 at = f"step {seen['step']:.0f} of {seen['steps']:.0f}" if seen else "no step done"
                 self._kill()
                 raise TrainingTimeoutError(
@@ -169,27 +207,25 @@ class TrainerGroup:
         self._ask("submit", task)
         return task.name
 
-    def _await_start(self, job: TrainJob) -> None:
-        deadline = time.monotonic() + self._start_timeout_s
-        while len(self._ask("workers")) < self.workers.count:
-            self._check_alive(job)
-            if time.monotonic() > deadline:
-                free = ray.available_resources()
-                have = f"{free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs"
-                self._kill()
-                raise TrainingTimeoutError(
-                    f"the trainer group's {self.workers.count} workers ({self.workers.cpus:g} CPUs"
-                    f"{' and a GPU' if self.workers.gpu else ''} each) have not started after "
-                    f"{self._start_timeout_s:.0f} s; the cluster has {have} free"
-                )
-            time.sleep(0.1)
+    def _lacking(self, job: TrainJob, there: int) -> str:
+        """What is said when only so many workers are there in time."""
+        free, count = ray.available_resources(), self.workers.count
+        have = f"{free.get('CPU', 0):g} CPUs and {free.get('GPU', 0):g} GPUs"
+        return (
+            f"{job.kind} training of {job.output}: {there} of its {count} workers ({self.workers.cpus:g} CPUs"
+            f"{' and a GPU' if self.workers.gpu else ''} each) have started within {self._start_timeout_s:.0f} s, "
+            f"{count - there} are missing; the cluster has {have} free. Add nodes and run again to go on from the last "
+            f"checkpoint in {job.partial}; or begin it anew with as many as there is room for: set sft.workers, and "
+            "run.allow_changes=true"
+        )
 
     def _check_alive(self, job: TrainJob) -> None:
         if self._thread is not None and not self._thread.is_alive():
             reason = str(self._error).strip().splitlines()
             raise TrainerDied(
-                f"the trainer group ended during the training of {job.output}, after its workers died more than "
-                f"{self._max_failures} times (cluster.restarts): {reason[-1] if reason else 'no reason was given'}\n"
+                f"the trainer group ended during the training of {job.output}, after its workers died, or could not be "
+                f"started, more than {self._max_failures} times (cluster.restarts): "
+                f"{reason[-1] if reason else 'no reason was given'}\n"
                 f"Steps up to the last checkpoint in {job.partial} are kept."
             ) from self._error
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import logging
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import asdict, fields
@@ -18,24 +17,25 @@ from evolve.learn.errors import LearningError, TrainingStopped, TrainingTimeoutE
 from evolve.learn.forest import Pairs
 from evolve.learn.jobs import RESULT_FILE, TrainJob, TrainResult
 from evolve.learn.packing import Completions, MicroBatch, plan_steps, worker_batches
+from evolve.learn.resuming import discard_checkpoints, find_checkpoint
 from evolve.policy.checkpoint import digest, resolve
 from evolve.schema import PPMConfig, ScoreForm
-
-log = logging.getLogger(__name__)
 
 _PROGRESS_S = 0.5
 T = TypeVar("T")
 Report = Callable[[Mapping[str, float]], bool]
 """Takes a step's metrics to the driver; false when the training is to stop."""
+Note = Callable[[str], object]
+"""Takes a line for the user to the driver."""
 
 
-def run_job(job: TrainJob, report: Report) -> TrainResult:
+def run_job(job: TrainJob, report: Report, note: Note) -> TrainResult:
     """Train and publish one checkpoint; called by all workers at once. Finished jobs are only looked up."""
 
     done = _first_says(lambda: _prepare(job))
     if done is not None:
         return done
-    training = Training(job, report)
+    training = Training(job, report, note)
     try:
         return training.run()
     finally:
@@ -83,7 +83,7 @@ def _first_says(question: Callable[[], T]) -> T:
 class Training:
     """One job in the making, on one worker."""
 
-    def __init__(self, job: TrainJob, report: Report) -> None:
+    def __init__(self, job: TrainJob, report: Report, note: Note) -> None:
         import torch
         import torch.distributed as dist
 
@@ -91,7 +91,7 @@ class Training:
         from evolve.learn.ppm import PPMObjective
         from evolve.learn.sft import SFTObjective
 
-        self.job, self.config, self.report = job, job.config, report
+        self.job, self.config, self.report, self.note = job, job.config, report, note
         self.told_to_stop = False
         self.rank, self.workers = dist.get_rank(), dist.get_world_size()
         self.started = time.monotonic()
@@ -134,10 +134,10 @@ class Training:
         """Train to the end from wherever a checkpoint left it, and publish."""
         from evolve.learn import engine as ds
 
-        resumed, complaint = _first_says(lambda: ds.find_checkpoint(self.job.partial, self.digest))
+        resumed, complaint = _first_says(lambda: find_checkpoint(self.job.partial, self.digest))
         if complaint and self.rank == 0:
-            log.warning(complaint)
-            ds.discard_checkpoints(self.job.partial)
+            self.note(complaint)
+            discard_checkpoints(self.job.partial)
         self._measure_reference()
         before = self._evaluate() if not resumed else {}
         history: list[float] = []

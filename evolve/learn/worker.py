@@ -6,6 +6,7 @@ import gc
 import logging
 import os
 from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 from evolve.errors import StorageError
@@ -72,7 +73,7 @@ def serve(settings: Mapping[str, Any]) -> None:
         outcome: Outcome
         try:
             with storage_errors(task.job.partial):
-                outcome = run_job(task.job, _reporter(mailbox, task.name))
+                outcome = run_job(task.job, _reporter(mailbox, task.name), partial(mailbox.note.remote, task.name))
         except StorageError as error:
             # Of this worker alone: the others wait for it in vain, and end with it.
             get(mailbox.finish.remote(task.name, error), _ANSWER_S, "the trainers' mailbox")

@@ -18,6 +18,7 @@ import psutil
 
 from evolve.policy.checkpoint import DigestMismatch, resolve, verify
 from evolve.schema import EngineConfig, Precision
+from evolve.service import ServiceError
 
 CPU_BLOCK_SIZE = 32
 """Tokens of a KV block on CPUs, where vLLM's kernels need a multiple of 32; the smallest shares most."""
@@ -85,8 +86,9 @@ class Engine:
     """A vLLM `AsyncLLM` with an identified checkpoint: the part common to policy and PPM.
 
     A plain class with coroutines, to be used directly or as a Ray actor with a high
-    `max_concurrency`. When vLLM's engine core dies, a Ray actor exits, so that Ray starts a fresh
-    one; outside Ray the error is raised.
+    `max_concurrency`. When vLLM's engine core dies, or answers nothing at all for
+    `config.request_timeout_s`, a Ray actor exits, so that Ray starts a fresh one; outside Ray the
+    error is raised.
     """
 
     def __init__(self, model: str, config: EngineConfig, digest: str | None = None, device: str = "cpu"):
@@ -117,6 +119,8 @@ class Engine:
         self._occupied_s = 0.0
         self._busy_s = 0.0
         self._changed = time.monotonic()
+        self._answered = -math.inf
+        """When vLLM last answered a request."""
         self._ready_s = math.nan
 
     # ------------------------------------------------------------------ life-cycle
@@ -249,17 +253,28 @@ class Engine:
         return str(next(self._ids))
 
     async def _run(self, sequences: int, stream: Callable[[], Any]) -> Any:
-        """The last output of one vLLM request, within its time limit, once no reload is under way."""
+        """The last output of one vLLM request, once no reload is under way.
+
+        Raises:
+            ServiceError: it did not come within `config.request_timeout_s`.
+        """
         self._started()
         while not self._open.is_set():
             await self._open.wait()
         self._count_sequences(sequences)
         self._counts["requests"] += 1
+        limit, began = self.config.request_timeout_s, time.monotonic()
         try:
-            async with asyncio.timeout(self.config.request_timeout_s):
+            async with asyncio.timeout(limit):
                 final = None
                 async for output in stream():
                     final = output
+            self._answered = time.monotonic()
+        except TimeoutError as error:
+            self._exit_if_dead(error)
+            if self._answered < began:
+                _end_actor()  # it hangs: no request that came since will fare better
+            raise ServiceError(f"the engine of {self.path} has not answered a request for {limit:.0f} s") from error
         except Exception as error:
             self._exit_if_dead(error)
             raise

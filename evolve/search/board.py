@@ -160,11 +160,16 @@ class Board:
             if self._live.pop(key, None) is not None:
                 self._name_part(key.problem_id, part.name)
 
+    def give_up(self, key: TreeKey, reason: str) -> None:
+        """A tree that its shard could not grow; it is queued again, at most so often."""
+        if key in self._in_flight:
+            self._again(key, reason)
+
     def give_back(self, shard: str) -> None:
         """A shard died: queue all it held again, what it had published but not made durable included."""
         self._shards.discard(shard)
         for key in [key for key, (owner, _) in self._in_flight.items() if owner == shard]:
-            self._again(key)
+            self._again(key, "its shard died")
         for key, live in [(key, live) for key, live in self._live.items() if live.shard == shard]:
             del self._live[key]
             self._count(live.summary, -1)
@@ -245,11 +250,11 @@ class Board:
             self._close(task.problem.id)
             self._go_on(task.problem.id)
 
-    def _again(self, key: TreeKey) -> None:
+    def _again(self, key: TreeKey, reason: str) -> None:
         """Queue a tree in flight again, or fail the round."""
         task = self._land(key)
         if self._attempts[key] >= MAX_ATTEMPTS:
-            self._failure = f"shards died {MAX_ATTEMPTS} times while tree {key.number} of problem {key.problem_id} grew"
+            self._failure = f"tree {key.number} of problem {key.problem_id} failed {MAX_ATTEMPTS} times: {reason}"
         self._push(task)
 
     def _name_part(self, problem_id: str, name: str) -> None:

@@ -23,7 +23,7 @@ from evolve.search.expand import Expander
 from evolve.search.mcts import MCTS
 from evolve.search.rules import rule_of
 from evolve.search.seeds import tree_seed
-from evolve.service import RemotePolicy, RemoteReward, RemoteVerifier, ServiceClient
+from evolve.service import RemotePolicy, RemoteReward, RemoteVerifier, ServiceClient, ServiceError
 from evolve.store.trees import TreeKey, to_batch, write_part
 from evolve.tree import Tree
 from evolve.types import Problem, RoundPlan, Sampling, Status
@@ -181,6 +181,9 @@ class _Round:
         key = TreeKey(task.problem.id, task.number)
         try:
             tree = await self._grow_tree(task, key)
+        except ServiceError as error:
+            await self.board.give_up.remote(key, str(error))
+            return
         finally:
             self.searches.pop(key, None)
         batch = to_batch(tree)

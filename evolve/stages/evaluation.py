@@ -89,7 +89,7 @@ def measure(
     waits. `kept` holds the records that are there already, and takes those that come.
 
     Raises:
-        ServiceError: not done within `cluster.stage_timeout_s`.
+        ServiceError: not done within `cluster.stage_timeout_s`, or a service did not answer an evaluator.
     """
     deadline = time.monotonic() + config.cluster.stage_timeout_s
     fleet.load(policy, ppm)
@@ -115,6 +115,9 @@ def measure(
             share = working.pop(ref)
             try:
                 keep(get(ref, 60, "an evaluator's records"))
+            except ServiceError as error:
+                done = f"{len(rows)} of {len(problems)} problems are evaluated and kept"
+                raise ServiceError(f"{_name(k)}: evaluation cannot go on: {error}; {done}") from error
             except RayTaskError:
                 raise
             except RayActorError:

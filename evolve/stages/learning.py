@@ -10,7 +10,7 @@ from evolve.config import resolve_round
 from evolve.files import Place, file_digest
 from evolve.learn import rows
 from evolve.learn.extract import Retokenise, RowsFiles, extract
-from evolve.learn.jobs import TrainJob
+from evolve.learn.jobs import TrainJob, partial_of
 from evolve.policy.checkpoint import digest, resolve
 from evolve.problems import for_round
 from evolve.progress import duration
@@ -88,7 +88,7 @@ def train(run: Run, k: int) -> None:
     if not missing:
         return
     run.fleet.release()
-    run.resize_trainers()
+    run.resize_trainers(partial_of(directory.path / missing[0] / "checkpoint"))
     for stage in missing:
         initial, settings = stages[stage]
         started = time.monotonic()
@@ -101,7 +101,7 @@ def train(run: Run, k: int) -> None:
             seed=config.run.seed,
             metrics=str(directory.path / stage / "metrics.jsonl"),
         )
-        [result] = run.trainers.fit([job], partial(_show_training, run, k))
+        [result] = run.trainers.fit([job], partial(_show_training, run, k), partial(_note, run, k, stage))
         seconds = time.monotonic() - started
         found = digest(result.output)
         counts = (directory.finished("rows") or {}).get(stage, {})
@@ -172,3 +172,7 @@ def _replay_file(run: Run) -> Place:
 def _show_training(run: Run, k: int, job: TrainJob, metrics: Any) -> None:
     step, steps = metrics.get("step", 0), metrics.get("steps", 0)
     run.line.show(f"round {k}: {job.kind} training, step {step:.0f}/{steps:.0f}, loss {metrics.get('loss', 0.0):.3f}")
+
+
+def _note(run: Run, k: int, stage: str, text: str) -> None:
+    run.line.end(f"round {k}: {stage} training: {text}")

@@ -28,6 +28,7 @@ from evolve.files import (
 )
 from evolve.fleet import Checkpoint, Engines, Fleet
 from evolve.learn.jobs import Workers
+from evolve.learn.resuming import workers_of_checkpoint
 from evolve.learn.trainer import TrainerGroup
 from evolve.policy.checkpoint import DigestMismatch, digest, files_of, resolve, verify
 from evolve.problems import ProblemSet, load_problems
@@ -63,10 +64,12 @@ class Run:
         """The PPM trained in a round; None for round 0."""
         return None if round_ == 0 else checkpoint(self.directory.round(round_), "ppm")
 
-    def resize_trainers(self) -> None:
-        """Before trainers are started: on GPUs, as many as there are now; nodes may have come or gone."""
+    def resize_trainers(self, partial: Place) -> None:
+        """Before trainers are started: on GPUs, as many as there are now, for nodes may have come or gone; or as many
+        as an interrupted training in `partial` had."""
         if self.fleet.device == "gpu":
-            self.trainers.workers = trainer_workers(self.config, self.fleet.device)
+            interrupted = workers_of_checkpoint(partial)
+            self.trainers.workers = trainer_workers(self.config, self.fleet.device, interrupted)
 
     def tell(self, notes: list[str]) -> None:
         """Show, once, what was mended: `notes`, and what happened to actors and nodes."""
@@ -133,7 +136,10 @@ def open_run(config: EvolveConfig, engines: Engines = Engines()) -> Iterator[Run
         lifeline = Lifeline(lock.release, lambda: _safe(directory))
         ending.callback(lifeline.cut)
         trainers = TrainerGroup(
-            trainer_workers(config, device), directory.path / "trainer", max_failures=config.cluster.restarts
+            trainer_workers(config, device),
+            directory.path / "trainer",
+            max_failures=config.cluster.restarts,
+            start_timeout_s=config.cluster.placement_timeout_s,
         )
         ending.callback(trainers.close)
         if device == "cpu":
@@ -239,8 +245,18 @@ def shared_model(model: str, revision: str | None, copy: Place) -> Checkpoint:
     return Checkpoint(str(copy), verify(copy, found.digest))
 
 
-def trainer_workers(config: EvolveConfig, device: str) -> Workers:
-    """The processes that train: `sft.workers`, or one for each GPU that the cluster has now."""
-    gpus = int(ray.cluster_resources().get("GPU", 0))
-    count = config.sft.workers or (gpus if device == "gpu" else 2)
-    return Workers(count, device == "gpu", config.sft.cpus_per_worker)
+def trainer_workers(config: EvolveConfig, device: str, interrupted: int | None = None) -> Workers:
+    """The processes that train: `sft.workers`; or one for each GPU that the cluster has now, at most as many as a
+    batch has items, and at least one: nodes may be on their way.
+
+    `interrupted`: how many an interrupted training had. Only as many can go on from its checkpoint, so they are asked
+    for where they are there, or may come.
+    """
+    count = 2
+    if device == "gpu":
+        gpus = int(ray.cluster_resources().get("GPU", 0))
+        count = gpus
+        if interrupted is not None and (interrupted <= gpus or cluster.may_grow(config.cluster)):
+            count = interrupted
+        count = max(1, min(count, config.sft.batch, config.ppm.batch))
+    return Workers(config.sft.workers or count, device == "gpu", config.sft.cpus_per_worker)

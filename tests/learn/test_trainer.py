@@ -178,6 +178,21 @@ def test_a_training_that_takes_too_long_stops_and_can_go_on_from_there(
     assert result.metrics["resumed_from"] == 1
 
 
+def test_the_user_is_told_of_a_checkpoint_that_cannot_be_gone_on_from(
+    group: TrainerGroup, tiny_model: Path, files: dict[str, tuple[str, ...]], tmp_path: Path
+) -> None:
+    late = TrainJob(replace(SFT, epochs=20, timeout_s=0.01), str(tiny_model), files["sft"], str(tmp_path / "late"))
+    with pytest.raises(TrainingTimeoutError):
+        group.fit([late])
+    [meta] = late.partial.glob("checkpoint-*/meta.json")
+    assert json.loads(meta.read_text())["workers"] == 2
+    meta.write_text("{")
+    notes: list[str] = []
+    again = replace(late, config=replace(late.config, timeout_s=120.0))
+    assert group.fit([again], on_note=notes.append)[0].metrics["resumed_from"] == 0
+    assert notes == [f"{meta} is damaged: starting afresh"]
+
+
 def test_a_killed_worker_costs_only_the_steps_since_the_last_checkpoint(
     group: TrainerGroup, tiny_model: Path, files: dict[str, tuple[str, ...]], tmp_path: Path
 ) -> None:

@@ -1,4 +1,5 @@
-"""Trainers on nodes that share nothing but an object store: several raylets on one machine, each with its own cache."""
+"""Trainers on several nodes, which are raylets on one machine: nodes that share nothing but an object store, and one
+that is lost."""
 
 import json
 import subprocess
@@ -92,3 +93,61 @@ def test_a_training_on_two_nodes_goes_on_from_a_checkpoint_that_only_the_store_h
         assert told["served"][name][0].startswith(str(tmp_path / name)), "each node has a copy of its own"
     assert set(told["lines"]) == {1, 2, 3, 4, 5, 6}
     assert sorted(path.rpartition("/")[2] for path in told["left"]) == ["checkpoint", "metrics.jsonl"]
+
+
+LOSING = """
+import json, sys, time
+from pathlib import Path
+
+import ray
+from ray.cluster_utils import Cluster
+
+from evolve.learn import rows
+from evolve.learn.errors import TrainingTimeoutError
+from evolve.learn.jobs import TrainJob, Workers
+from evolve.learn.trainer import TrainerGroup
+from evolve.schema import Precision, SFTConfig
+from tests.learn.conftest import make_trajectories, save_tiny_model
+
+directory = Path(sys.argv[1])
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "include_dashboard": False})
+kept, lost = cluster.add_node(num_cpus=1), cluster.add_node(num_cpus=1)
+cluster.connect()
+save_tiny_model(directory / "model")
+rows.write(rows.to_table(make_trajectories(22)), directory / "rows.parquet")
+config = SFTConfig(
+    epochs=5000, batch=8, zero_stage=1, precision=Precision.fp32, max_length=64, rows_tokens=128, timeout_s=3000.0,
+)
+job = TrainJob(config, str(directory / "model"), (str(directory / "rows.parquet"),), str(directory / "checkpoint"))
+group = TrainerGroup(Workers(2), directory / "trainer")
+told = {}
+
+
+def lose(job, metrics):
+    if "lost" not in told:
+        told["lost"] = time.monotonic()
+        group._start_timeout_s = 10.0
+        cluster.remove_node(lost)
+
+
+try:
+    group.fit([job], lose)
+except TrainingTimeoutError as error:
+    told["error"], told["after"] = str(error), time.monotonic() - told["lost"]
+(directory / "told.json").write_text(json.dumps(told))
+ray.shutdown()
+cluster.shutdown()
+"""
+
+
+def test_a_lost_node_that_nothing_replaces_is_an_error_soon_that_says_how_many_workers_are_missing(
+    tmp_path: Path,
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", LOSING, str(tmp_path)],
+        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900, check=False,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
+    told = json.loads((tmp_path / "told.json").read_text())
+    assert "0 of its 2 workers (1 CPUs each) have started within 10 s, 2 are missing" in told["error"]
+    assert told["after"] < 600, "long before the training's own limit"

@@ -223,7 +223,7 @@ def test_a_tree_whose_shard_dies_again_and_again_stops_the_round_and_is_named(tm
         assert some.progress().failure == "", attempt
         assert some.take("s", 8)
         some.give_back("s")
-    assert "shards died 3 times while tree 0 of problem p" in some.progress().failure
+    assert "failed 3 times: its shard died" in some.progress().failure
     assert some.take("s", 1) is None
 
 

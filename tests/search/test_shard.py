@@ -17,7 +17,7 @@ from evolve.search.budget import EscalatingBudget
 from evolve.search.seeds import derive
 from evolve.search.shard import SearchJob, Shard, summary_of
 from evolve.search.uct import UCT
-from evolve.service import ServiceHost
+from evolve.service import ServiceError, ServiceHost
 from evolve.store.trees import read_part, to_batch, write_part
 from evolve.tree import Tree
 from evolve.types import Candidate, NodeKind, Outcome, Problem, RoundPlan, Sampling, Status, Verdict
@@ -45,6 +45,19 @@ class Policy:
         return {"generated_tokens": 1.0, "occupancy": 0.5}
 
 
+class Late(Policy):
+    """Fails its first two requests as an engine does that answers them too late."""
+
+    def __init__(self) -> None:
+        self.asked = 0
+
+    async def propose(self, prefixes: Sequence[tuple[int, ...]], n: int, sampling: Sampling) -> list[list[Candidate]]:
+        self.asked += 1
+        if self.asked <= 2:
+            raise ServiceError("the engine of /checkpoint has not answered a request for 600 s")
+        return await super().propose(prefixes, n, sampling)
+
+
 class Verifier:
     """Runs everything; prints what the code says. The grading of a problem without an answer does not end."""
 
@@ -60,7 +73,9 @@ class Verifier:
         return {"executions": 1.0}
 
 
-def grow(directory: Path, problems: Sequence[Problem], shards: int = 1) -> tuple[list[Tree], Any]:
+def grow(
+    directory: Path, problems: Sequence[Problem], shards: int = 1, policy: type[Policy] = Policy
+) -> tuple[list[Tree], Any]:
     import ray
 
     def actor(kind: type, *arguments: Any) -> Any:
@@ -83,7 +98,7 @@ def grow(directory: Path, problems: Sequence[Problem], shards: int = 1) -> tuple
     )
     board = ray.remote(Board).options(num_cpus=0).remote(EscalatingBudget(plan), problems, (), directory)
     made = [
-        actor(Shard, f"shard-{i}", actor(ServiceHost, Policy), actor(ServiceHost, Verifier), None, 60.0)
+        actor(Shard, f"shard-{i}", actor(ServiceHost, policy), actor(ServiceHost, Verifier), None, 60.0)
         for i in range(shards)
     ]
     ray.get([shard.grow.remote(job, board) for shard in made], timeout=120)
@@ -126,6 +141,14 @@ def test_a_problem_whose_answers_cannot_be_graded_gets_its_tree_with_a_note_and_
     assert not list(hangs.terminals())
     assert other.rollouts == 6
     assert other.note == ""
+
+
+def test_trees_whose_requests_were_not_answered_in_time_are_grown_again(tmp_path: Path) -> None:
+    problems = [Problem(f"p{i:02}", f"question {i}", ("3",)) for i in range(6)]
+    (quick, _), (late, progress) = grow(tmp_path / "a", problems), grow(tmp_path / "b", problems, policy=Late)
+    assert progress.done
+    assert not progress.failure
+    assert [(t.problem_id, t.text, t.visits) for t in late] == [(t.problem_id, t.text, t.visits) for t in quick]
 
 
 def test_q_values_of_a_problem_are_had_while_the_round_runs_and_after_its_tree_is_durable(tmp_path: Path) -> None:

@@ -9,10 +9,11 @@ from typing import Any
 
 import pytest
 
-from evolve.evaluate import Record
+from evolve.evaluate import EvalJob, Evaluator, Record
 from evolve.fleet import Checkpoint, Engines, Fleet
 from evolve.progress import ProgressLine
 from evolve.schema import ClusterConfig, EvaluateConfig, EvolveConfig, PolicyConfig, SearchConfig, VerifierConfig
+from evolve.service import ServiceError
 from evolve.stages import evaluation
 from evolve.store.records import RecordFile
 from evolve.types import Problem
@@ -100,3 +101,36 @@ def test_when_all_is_evaluated_nobody_is_asked(fleet: Fleet, tmp_path: Path, dea
     kept.append(asdict(Record(problem.id, None, greedy_correct=True, greedy_tokens=1)) for problem in PROBLEMS)
     assert len(measure(fleet, RecordFile(tmp_path / "a", "x"))) == len(PROBLEMS)
     assert dealt == []
+
+
+def test_an_engine_that_does_not_answer_is_an_error_that_says_so_and_what_is_kept(
+    fleet: Fleet, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Failing:
+        """Stands where the evaluator does."""
+
+        async def evaluate(self, problems: Sequence[Problem], job: EvalJob) -> Any:
+            evaluator = Evaluator("shard-0", None, None, None, 60.0)
+
+            async def record(problem: Problem, job: EvalJob) -> Record:
+                raise ServiceError("the engine of /checkpoint has not answered a request for 600 s")
+
+            evaluator._record = record  # type: ignore[method-assign]
+            return await evaluator.evaluate(problems, job)
+
+        async def finished(self, start: int) -> list[Any]:
+            return []
+
+    import ray
+
+    fleet.load(POLICY, None)
+    monkeypatch.setattr(fleet.groups[0], "evaluator", ray.remote(Failing).options(num_cpus=0).remote())
+    kept = RecordFile(tmp_path / "a", "x")
+    kept.open()
+    kept.append(asdict(Record(f"p{i:02}", None, greedy_correct=True, greedy_tokens=1)) for i in range(30))
+    with pytest.raises(ServiceError) as stopped:
+        measure(fleet, RecordFile(tmp_path / "a", "x"))
+    assert str(stopped.value) == (
+        "base model: evaluation cannot go on: the engine of /checkpoint has not answered a request for 600 s; "
+        "30 of 40 problems are evaluated and kept"
+    )
