@@ -9,7 +9,7 @@ from typing import Any
 
 import ray
 
-from evolve.attach import address_of, live_nodes
+from evolve.attach import address_of, join, live_nodes
 from evolve.placement import Layout, Need, Node, amount, shards, shortfalls
 from evolve.schema import ClusterConfig, Device, EngineConfig, EvolveConfig
 from evolve.service import ServiceError
@@ -26,12 +26,13 @@ def connect(config: ClusterConfig) -> str:
     """Join the cluster this process belongs to, or start a local one; returns the device, `cpu` or `gpu`.
 
     Raises:
-        ServiceError: GPUs are asked for and the cluster has none.
+        UnreachableError: no cluster answers at the address there is.
+        ServiceError: GPUs are asked for and the cluster has none; or a local cluster does not start.
     """
     address = address_of(config)
     if not ray.is_initialized():
         if address:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            join(address)
         else:
             _start_local()
     gpus = ray.cluster_resources().get("GPU", 0)
