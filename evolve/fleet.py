@@ -120,6 +120,8 @@ class Fleet:
     _empty: float | None = None
     """Since when there is no group at work."""
     _looked: float = float("-inf")
+    _awaited: int = 1
+    """Groups to wait for before work begins; a node that goes meanwhile makes them fewer."""
 
     def __post_init__(self) -> None:
         cluster = self.config.cluster
@@ -142,13 +144,13 @@ class Fleet:
             before = None
         ppm = ppm or (before.ppm if before else None)
         self._serving = _Serving(policy, ppm, engine)
-        count = shard_count(self.config, self._need()) if before is None else 1
+        self._awaited = shard_count(self.config, self._need()) if before is None else 1
         for group in [*self.groups, *self._joining]:
             if ppm is not None and group.ppm is None and group.node:
                 self._add_ppm(group)
             self._expect(group)
         timeout = engine.start_timeout_s + (self.config.cluster.placement_timeout_s if before is None else 0.0)
-        self._wait(lambda: len(self.groups) >= count and not self._unready(), timeout)
+        self._wait(lambda: len(self.groups) >= self._awaited and not self._unready(), timeout)
         wanted = self.config.cluster.shards or 1
         if before is None and len(self.groups) < wanted:
             self.events.append(f"{len(self.groups)} of {wanted} shards are at work; {self._lacking()}")
@@ -211,6 +213,7 @@ class Fleet:
         group that waits is what an autoscaler adds nodes for."""
         need = self._need()
         found = layout(self.config, need, nodes.values())
+        self._awaited = max(1, min(self._awaited, found.placed))
         asked = max(found.placed, found.wanted) if may_grow(self.config.cluster) else found.placed
         for _ in range(asked - len(self.groups) - len(self._joining)):
             name = f"shard-{self._numbered}"
