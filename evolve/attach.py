@@ -8,6 +8,7 @@ import socket
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 from evolve.errors import EvolveError
 from evolve.schema import ClusterConfig
@@ -78,9 +79,9 @@ def join(address: str) -> None:
 
 def _try_out(address: str) -> None:
     """One connection and one question, as `ray.init` begins too."""
+    import ray
     from ray._private.authentication.authentication_token_setup import ensure_token_if_auth_enabled
     from ray._private.services import canonicalize_bootstrap_address
-    from ray._raylet import GcsClient
 
     scheme, _, place = address.rpartition("://")
     target = place if scheme else str(canonicalize_bootstrap_address(address))
@@ -88,7 +89,8 @@ def _try_out(address: str) -> None:
     socket.create_connection((host.strip("[]"), int(port)), timeout=ANSWER_S).close()
     if not scheme:
         ensure_token_if_auth_enabled(create_token_if_missing=False)  # else the next line aborts the process
-        GcsClient(address=target)
+        raylet: Any = ray._raylet
+        raylet.GcsClient(address=target)
 
 
 def _token_hint() -> str:
