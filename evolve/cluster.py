@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import re
+import socket
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -24,6 +25,8 @@ LOCAL_PROCESSES = 32
 """Processes of a local cluster, about twice what a run on one machine has."""
 STARTS = 3
 """Attempts to start a local cluster."""
+CONNECTION_S = 1.0
+"""How long a head that lives may take to accept a connection."""
 
 
 def connect(config: ClusterConfig) -> str:
@@ -74,6 +77,24 @@ def dead_daemons() -> list[str]:
     if node is None or not node.head:
         return []
     return [kind for kind, _ in node.dead_processes() if kind in ("gcs_server", "raylet")]
+
+
+def joined_head() -> tuple[str, int] | None:
+    """Where the head of the cluster that this process has joined listens; None where it has started a Ray itself."""
+    node: Any = ray._private.worker._global_node
+    if node is None or node.head:
+        return None
+    host, _, port = node.gcs_address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def answers(head: tuple[str, int]) -> bool:
+    """Whether a head accepts a connection."""
+    try:
+        socket.create_connection(head, timeout=CONNECTION_S).close()
+    except OSError:
+        return False
+    return True
 
 
 def bundle(config: EvolveConfig, engine: EngineConfig, device: str, ppm: bool) -> dict[str, float]:
