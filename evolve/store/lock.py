@@ -144,14 +144,27 @@ class Lock(DriverLock):
         holder = wait_until_stale(self._path.parent, self._sight)
         if holder is None:
             return
-        # Whoever renames it has it; should that be a new lock, taken since it was read, it is put back.
-        aside = aside_of(self._path)
+        # Of those that found it stale one removes it, and only it: a new lock may be there by now.
+        claim = self._path.with_name(f"{self._path.name}.{holder.get('token')}")
+        try:
+            claim.touch(exist_ok=False)
+        except FileExistsError:
+            self._forget_abandoned(claim)
+            return
+        try:
+            if self._read(self._path).get("token") == holder.get("token"):
+                self._path.unlink(missing_ok=True)
+        finally:
+            claim.unlink(missing_ok=True)
+
+    def _forget_abandoned(self, claim: Path) -> None:
+        """Of a driver that was killed in the moment it had it."""
+        probe = aside_of(self._path)
+        probe.touch()
         with contextlib.suppress(FileNotFoundError):
-            self._path.rename(aside)
-            if self._read(aside).get("token") != holder.get("token"):
-                with contextlib.suppress(FileExistsError):
-                    os.link(aside, self._path)
-            aside.unlink()
+            if probe.stat().st_mtime - claim.stat().st_mtime > STALE_S:
+                claim.unlink()
+        probe.unlink()
 
     def _sight(self) -> Sight | None:
         holder = self._read(self._path)
@@ -167,8 +180,6 @@ class Lock(DriverLock):
 
     def _touch(self) -> dict[str, Any] | None:
         holder = self._read(self._path)
-        if not holder and not self._released.wait(1.0):  # one who looks at it may be putting it back
-            holder = self._read(self._path)
         if holder.get("token") != self._token:
             return holder
         os.utime(self._path)

@@ -100,7 +100,7 @@ class InStore(Scene):
         assert [holder["released"] for holder in self.holders()] == [True], "those that were outnumbered are gone"
 
     def check_kept(self) -> None:
-        assert [holder.get("released") for holder in self.holders() if holder["host"] == "elsewhere"] == [None]
+        assert [holder.get("released") for holder in self.holders() if holder["token"] == "theirs"] == [None]
 
 
 @pytest.fixture
@@ -230,6 +230,42 @@ def test_of_many_drivers_at_once_one_gets_the_run(scene: Scene, stale: bool) -> 
         scene.left_by_another(STALE_S + 5, host="elsewhere")
     (got,) = together(scene, 8)
     got.release()
+    scene.check_released()
+
+
+def test_a_driver_that_was_late_to_find_a_lock_stale_leaves_the_one_that_has_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = OnDisk(tmp_path)
+    scene.left_by_another(STALE_S + 5, host="elsewhere")
+    winner = scene.lock()
+    wait = lock.wait_until_stale
+
+    def late(*arguments: Any) -> Any:
+        monkeypatch.setattr(lock, "wait_until_stale", wait)
+        found = wait(*arguments)
+        winner.acquire()
+        return found
+
+    monkeypatch.setattr(lock, "wait_until_stale", late)
+    with pytest.raises(RunError, match="in use by another driver"):
+        scene.lock().acquire()
+    assert list(tmp_path.iterdir()) == [scene.own()], "no claim is left"
+    winner.release()
+    scene.check_released()
+
+
+def test_a_claim_on_a_stale_lock_that_its_driver_died_with_is_forgotten(tmp_path: Path) -> None:
+    scene = OnDisk(tmp_path)
+    scene.left_by_another(STALE_S + 5, host="elsewhere")
+    claim = tmp_path / "lock.json.theirs"
+    claim.touch()
+    with pytest.raises(RunError, match="at the same moment"):
+        scene.lock().acquire()
+    os.utime(claim, (time.time() - STALE_S - 5,) * 2)
+    mine = scene.lock()
+    mine.acquire()
+    mine.release()
     scene.check_released()
 
 
