@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import os
+import re
+import socket
 from collections.abc import Iterable, Mapping
 from typing import Any
 
 import ray
+from ray._private.ray_constants import DEBUG_AUTOSCALING_STATUS
+from ray.experimental.internal_kv import _internal_kv_get
 
-from evolve.attach import address_of, live_nodes
+from evolve.attach import address_of, join, live_nodes
 from evolve.placement import Layout, Need, Node, amount, shards, shortfalls
 from evolve.schema import ClusterConfig, Device, EngineConfig, EvolveConfig
 from evolve.service import ServiceError
@@ -20,24 +25,28 @@ LOCAL_PROCESSES = 32
 """Processes of a local cluster, about twice what a run on one machine has."""
 STARTS = 3
 """Attempts to start a local cluster."""
+CONNECTION_S = 1.0
+"""How long a head that lives may take to accept a connection."""
 
 
 def connect(config: ClusterConfig) -> str:
     """Join the cluster this process belongs to, or start a local one; returns the device, `cpu` or `gpu`.
 
     Raises:
-        ServiceError: GPUs are asked for and the cluster has none.
+        UnreachableError: no cluster answers at the address there is.
+        ServiceError: GPUs are asked for and the cluster has none; or a local cluster does not start.
     """
     address = address_of(config)
     if not ray.is_initialized():
         if address:
-            ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR)
+            join(address)
         else:
             _start_local()
     gpus = ray.cluster_resources().get("GPU", 0)
     if config.device is Device.gpu and not gpus and not may_grow(config):
+        where = "the cluster" if address else "this machine"
         raise ServiceError(
-            "cluster.device=gpu, but this machine has no GPU. Join a cluster with GPU nodes (cluster.address, README), "
+            f"cluster.device=gpu, but {where} has no GPU. Join a cluster with GPU nodes (cluster.address, README), "
             "or use cluster.device=auto or a CPU recipe (conf=quickstart)."
         )
     return "gpu" if config.device is Device.gpu or (gpus and config.device is Device.auto) else "cpu"
@@ -70,6 +79,24 @@ def dead_daemons() -> list[str]:
     return [kind for kind, _ in node.dead_processes() if kind in ("gcs_server", "raylet")]
 
 
+def joined_head() -> tuple[str, int] | None:
+    """Where the head of the cluster that this process has joined listens; None where it has started a Ray itself."""
+    node: Any = ray._private.worker._global_node
+    if node is None or node.head:
+        return None
+    host, _, port = node.gcs_address.rpartition(":")
+    return host.strip("[]"), int(port)
+
+
+def answers(head: tuple[str, int]) -> bool:
+    """Whether a head accepts a connection."""
+    try:
+        socket.create_connection(head, timeout=CONNECTION_S).close()
+    except OSError:
+        return False
+    return True
+
+
 def bundle(config: EvolveConfig, engine: EngineConfig, device: str, ppm: bool) -> dict[str, float]:
     """What one shard takes of its node: CPUs for its verifier, GPUs for its engines.
 
@@ -82,27 +109,37 @@ def bundle(config: EvolveConfig, engine: EngineConfig, device: str, ppm: bool) -
 
 
 def may_grow(config: ClusterConfig) -> bool:
-    """Whether nodes may come: a cluster that was joined may have an autoscaler, this machine has none."""
-    return address_of(config) is not None
+    """Whether nodes may be added: never to this machine, and not to a cluster that is known to have no autoscaler."""
+    return address_of(config) is not None and not _watched_only()
+
+
+def _watched_only() -> bool:
+    """Whether the monitor of the joined cluster only looks on, as it does where it was given no autoscaler to run: then
+    it reports each node as a type of its own, named after it. False where it has not reported yet, and for autoscaler
+    v2, whose reports do not tell; `ray start` by itself has v1.
+    """
+    report = json.loads(_internal_kv_get(DEBUG_AUTOSCALING_STATUS) or "{}").get("autoscaler_report") or {}
+    types = report.get("active_nodes") or {}
+    return bool(types) and all(re.fullmatch("node_[0-9a-f]{56}", name) for name in types)
 
 
 def shard_count(config: EvolveConfig, need: Mapping[str, float]) -> int:
     """How many shards to wait for before work begins: those there is room for now, at least one.
 
     Raises:
-        ServiceError: no node can come, and not even one fits, or fewer than `cluster.shards`; the message says what
-            each node lacks.
+        ServiceError: no node can come, and not even one fits, or, on this machine alone, fewer than `cluster.shards`;
+            the message says what each node lacks.
     """
     found = layout(config, need, alive_nodes().values())
+    if found.complete or (found.placed and address_of(config.cluster)):
+        return found.placed
     if may_grow(config.cluster):
-        return max(1, found.placed)
-    if not found.complete:
-        raise ServiceError(
-            f"{found.wanted} shard(s) need {amount(found.need)} each on one node; {len(found.shares)} node(s) have "
-            f"room for {found.placed}. {'; '.join(shortfalls(found))}. Add nodes, or lower cluster.shards, "
-            f"cluster.verifier_cpus or the engines' gpus."
-        )
-    return found.placed
+        return 1
+    raise ServiceError(
+        f"{found.wanted} shard(s) need {amount(found.need)} each on one node; {len(found.shares)} node(s) have "
+        f"room for {found.placed}. {'; '.join(shortfalls(found))}. Add nodes, or lower cluster.shards, "
+        f"cluster.verifier_cpus or the engines' gpus."
+    )
 
 
 def layout(config: EvolveConfig, need: Mapping[str, float], nodes: Iterable[Node]) -> Layout:

@@ -120,6 +120,8 @@ class Fleet:
     _empty: float | None = None
     """Since when there is no group at work."""
     _looked: float = float("-inf")
+    _awaited: int = 1
+    """Groups to wait for before work begins; a node that goes meanwhile makes them fewer."""
 
     def __post_init__(self) -> None:
         cluster = self.config.cluster
@@ -142,13 +144,13 @@ class Fleet:
             before = None
         ppm = ppm or (before.ppm if before else None)
         self._serving = _Serving(policy, ppm, engine)
-        count = shard_count(self.config, self._need()) if before is None else 1
+        self._awaited = shard_count(self.config, self._need()) if before is None else 1
         for group in [*self.groups, *self._joining]:
             if ppm is not None and group.ppm is None and group.node:
                 self._add_ppm(group)
             self._expect(group)
         timeout = engine.start_timeout_s + (self.config.cluster.placement_timeout_s if before is None else 0.0)
-        self._wait(lambda: len(self.groups) >= count and not self._unready(), timeout)
+        self._wait(lambda: len(self.groups) >= self._awaited and not self._unready(), timeout)
         wanted = self.config.cluster.shards or 1
         if before is None and len(self.groups) < wanted:
             self.events.append(f"{len(self.groups)} of {wanted} shards are at work; {self._lacking()}")
@@ -209,7 +211,9 @@ class Fleet:
     def _recruit(self, nodes: dict[str, Node]) -> None:
         """Ask for as many groups as there is room for, and where nodes may come for more."""
         need = self._need()
-        for _ in range(self._asked(layout(self.config, need, nodes.values())) - len(self.groups) - len(self._joining)):
+        found = layout(self.config, need, nodes.values())
+        self._awaited = max(1, min(self._awaited, found.placed))
+        for _ in range(self._asked(found) - len(self.groups) - len(self._joining)):
             name = f"shard-{self._numbered}"
             self._numbered += 1
             self._joining.append(Group(name, placement_group([need], strategy="STRICT_PACK", name=name)))

@@ -23,7 +23,7 @@ import hashlib
 import json
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from omegaconf import OmegaConf
@@ -37,6 +37,8 @@ from evolve.schema import EvolveConfig, WandbMode
 from evolve.store.run import RunDirectory
 
 STAGES = ("search", "sft", "ppm", "evaluation")
+FINISH_S = 30.0
+"""For W&B to upload what is left of a round when the run ends; by itself it waits until the network is back."""
 
 
 def build(run: RunDirectory, config: EvolveConfig) -> dict[str, Any]:
@@ -145,14 +147,17 @@ class Metrics:
     """Metrics of a run: always appended to `metrics.jsonl`, and sent to W&B unless that is disabled.
 
     One W&B run a round, under one group; its id is derived from the run directory's own, so that a continued round
-    goes on in the same W&B run. Without a key W&B writes offline files into the run directory.
+    goes on in the same W&B run. Without a key, or where W&B cannot be reached or refuses the key, it writes offline
+    files into the run directory.
     """
 
-    def __init__(self, run: RunDirectory, config: EvolveConfig) -> None:
-        self._run, self._config = run, config
+    def __init__(self, run: RunDirectory, config: EvolveConfig, tell: Callable[[str], object]) -> None:
+        """`tell` shows a line to the user."""
+        self._run, self._config, self._tell = run, config, tell
         self._lines = Lines(run.metrics)
         self._wandb = workshop(run.path) / "wandb"
         self._open: dict[int, Any] = {}
+        self._refused = False
 
     def log(self, round_: int, values: Mapping[str, Any], **digests: str) -> None:
         """Record numbers of a round under their slash-separated names."""
@@ -171,7 +176,22 @@ class Metrics:
         import wandb
 
         mode = self._config.wandb.mode
-        chosen: Any = ("online" if wandb_key() else "offline") if mode is WandbMode.auto else mode.value
+        chosen = ("online" if wandb_key() else "offline") if mode is WandbMode.auto else mode.value
+        if chosen == "online" and not self._refused:
+            try:
+                return self._begin(round_, chosen)
+            except (wandb.Error, OSError) as error:  # its message could hold an address with a password
+                self._refused = True
+                self._tell(
+                    f"note: W&B did not begin ({type(error).__name__}); metrics go to offline files from here on: "
+                    f"wandb sync {self._run.path}/wandb/offline-run-*"
+                )
+        return self._begin(round_, "offline")
+
+    def _begin(self, round_: int, mode: Any) -> Any:
+        """The W&B run of a round."""
+        import wandb
+
         name = self._config.run.name
         identity = hashlib.sha256(f"{self._run.path.resolve()}".encode()).hexdigest()[:8]
         settings: Any = OmegaConf.to_container(OmegaConf.create(to_yaml(self._config)))
@@ -182,15 +202,15 @@ class Metrics:
             name=f"{name} round {round_}",
             id=f"{identity}-round-{round_}",
             resume="allow",
-            mode=chosen,
+            mode=mode,
             dir=str(self._wandb.parent),
             config=settings | {"round": round_},
             reinit="create_new",
-            settings=wandb.Settings(silent=True, console="off", disable_git=True),
+            settings=wandb.Settings(silent=True, console="off", disable_git=True, finish_timeout=FINISH_S),
         )
 
     def close(self) -> None:
-        """Finish the W&B runs."""
+        """Finish the W&B runs, each within `FINISH_S`; what was not uploaded by then stays in its files."""
         for run in self._open.values():
             run.finish()
         self._open.clear()

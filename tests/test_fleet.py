@@ -9,9 +9,11 @@ from pathlib import Path
 
 import pytest
 
+from evolve.cluster import alive_nodes
 from evolve.errors import EvolveError
 from evolve.fleet import Checkpoint, Engines, Fleet
-from evolve.schema import ClusterConfig, EvolveConfig, VerifierConfig
+from evolve.placement import Node
+from evolve.schema import ClusterConfig, EngineConfig, EvolveConfig, VerifierConfig
 from evolve.watch import Exhausted
 from tests.doubles import DoublePolicy, DoublePPM
 
@@ -128,3 +130,21 @@ def test_what_does_not_fit_is_refused_with_what_is_missing(fleet: Fleet) -> None
     fleet.config = replace(fleet.config, cluster=replace(fleet.config.cluster, shards=99))
     with pytest.raises(ServiceError, match=r"99 shard\(s\) need .* node\(s\) have room for 8\..*short"):
         fleet.load(Checkpoint("nowhere", "d"), None)
+
+
+def test_a_node_that_goes_while_engines_start_is_waited_for_no_longer(
+    fleet: Fleet, checkpoint: Callable[[str], Checkpoint], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is pretended, has room for a second shard, and is gone once the first one is at work."""
+    ((key, real),) = alive_nodes().items()
+    pretended = {"f" * 56: replace(real, name="pretended")}
+
+    def nodes() -> dict[str, Node]:
+        return {key: real} | ({} if fleet.groups else pretended)
+
+    monkeypatch.setattr("evolve.cluster.alive_nodes", nodes)
+    monkeypatch.setattr("evolve.fleet.alive_nodes", nodes)
+    settings = replace(fleet.config.cluster, shards=None, verifier_cpus=3.0, placement_timeout_s=0.0)
+    fleet.config = replace(fleet.config, cluster=settings)
+    fleet.load(checkpoint("first"), None, EngineConfig(start_timeout_s=60.0))
+    assert [group.name for group in fleet.groups] == ["shard-0"]

@@ -175,15 +175,20 @@ def gpus(one: Facts, promised: float, utilization: float) -> list[Check]:
 
 
 def _leftovers(one: Facts, utilization: float) -> Check:
+    """Who holds memory of the GPUs. Within a container nvidia-smi lists no processes of others, but all free memory."""
+    tight = [gpu.index for gpu in one.gpus if gpu.free_mib < utilization * gpu.total_mib]
+    full = f"GPU {', '.join(map(str, tight))}: less than {utilization:.0%} of the memory is free"
     if not one.gpu_processes:
-        return Check("GPU processes", one.node, Status.OK, "none")
+        if not tight:
+            return Check("GPU processes", one.node, Status.OK, "none")
+        mend = "run nvidia-smi on that node itself, outside of any container, and end what it lists there"
+        what = f"{full}, held by processes that are not visible here"
+        return Check("GPU processes", one.node, Status.FAIL, what, mend)
     listed = ", ".join(f"{p.pid} {p.name} ({p.used_mib} MiB)" for p in one.gpu_processes)
     mend = "if no run of yours is at work there: kill " + " ".join(str(p.pid) for p in one.gpu_processes)
-    tight = [gpu.index for gpu in one.gpus if gpu.free_mib < utilization * gpu.total_mib]
     if not tight:
         return Check("GPU processes", one.node, Status.WARN, listed, mend)
-    what = f"{listed}; GPU {', '.join(map(str, tight))}: less than {utilization:.0%} of the memory is free"
-    return Check("GPU processes", one.node, Status.FAIL, what, mend)
+    return Check("GPU processes", one.node, Status.FAIL, f"{listed}; {full}", mend)
 
 
 def sandbox(one: Facts) -> list[Check]:

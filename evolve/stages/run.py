@@ -132,6 +132,8 @@ def open_run(config: EvolveConfig, engines: Engines = Engines()) -> Iterator[Run
         if device == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, once imported here, warns of it
         publish_file(directory.config, lambda aside: aside.write_text(to_yaml(config)))
+        metrics = report.Metrics(directory, config, line.end)
+        ending.callback(metrics.close)  # last of all that ends with the lock held: no accelerator waits for a network
         obey_signals()  # after Ray, which sets a handler of its own
         lifeline = Lifeline(lock.release, lambda: _safe(directory))
         ending.callback(lifeline.cut)
@@ -147,8 +149,6 @@ def open_run(config: EvolveConfig, engines: Engines = Engines()) -> Iterator[Run
         base = _base_model(config, directory, line)
         fleet = Fleet(config, device, engines, on_wait=lambda what: line.show(f"waiting for shards: {what}"))
         ending.callback(fleet.stop)
-        metrics = report.Metrics(directory, config)
-        ending.callback(metrics.close)
         try:
             with storage_errors(directory.path):
                 yield Run(config, directory, problems, base, fleet, trainers, metrics, line, console)

@@ -46,7 +46,7 @@ class Lease(DriverLock):
     def _take(self) -> None:
         newest = self._newest()
         if newest is not None:
-            self._refuse_unless_stale(newest)
+            lock.wait_until_stale(self._run, lambda: self._sight(newest))
         number = _number(newest) + 1 if newest is not None else 1
         self._place = self._mine = self._run / f"lock-{number:08}.json"
         self._content = {**lock.me(), "token": self._token}
@@ -76,19 +76,19 @@ class Lease(DriverLock):
             return {}
         return found
 
-    def _refuse_unless_stale(self, newest: RemotePath) -> None:
+    def _sight(self, newest: RemotePath) -> lock.Sight | None:
         holder = self._holder(newest)
         if not holder or holder.get("released"):
-            return
+            return None
         probe = self._run / f"clock-{self._token}"
         probe.put(b"")
         try:
-            age = probe.modified() - newest.modified()
+            beat = newest.modified()
+            return lock.Sight(holder, beat, probe.modified() - beat)
         except FileNotFoundError:  # outnumbered meanwhile, and removed: the put on condition decides
-            return
+            return None
         finally:
             probe.unlink(missing_ok=True)
-        lock.refuse_unless_stale(self._run, holder, age)
 
     def _touch(self) -> dict[str, Any] | None:
         assert self._mine is not None

@@ -15,6 +15,7 @@ import threading
 import time
 import uuid
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +29,8 @@ from evolve.store.run import RunDirectory, RunError
 BEAT_S = 10.0
 STALE_S = 120.0
 """A lock of another host that was not touched for so long is its no more: that host is gone, or cut off."""
+LOOK_S = 2.0
+"""Between two looks at the heartbeat of another host's lock."""
 
 
 def stop_this_process(message: str) -> None:
@@ -48,10 +51,10 @@ class DriverLock:
         self._beating: threading.Thread | None = None
 
     def acquire(self) -> None:
-        """Take the lock and keep it alive.
+        """Take the lock and keep it alive; waits up to `STALE_S` for a sign of life of a holder on another host.
 
         Raises:
-            RunError: another driver holds it.
+            RunError: another driver holds it, and lives.
             StorageError: the run directory cannot be written, or its store does not answer.
         """
         self._take()
@@ -95,7 +98,8 @@ class Lock(DriverLock):
     """The lock of one driver. It names its holder's host, process and start time.
 
     A lock is stale, and taken over, when its process is gone (same host), or when its heartbeat has stopped (another
-    host). The heartbeat is the file's modification time, set by the file server, so that clocks need not agree.
+    host), which is waited for. The heartbeat is the file's modification time, set by the file server, so that clocks
+    need not agree.
     """
 
     def __init__(self, run: RunDirectory, on_lost: Callable[[str], None] = stop_this_process) -> None:
@@ -137,35 +141,45 @@ class Lock(DriverLock):
         return found
 
     def _remove_if_stale(self) -> None:
-        holder = self._read(self._path)
-        age = self._age()
-        if age is None:  # released meanwhile
+        holder = wait_until_stale(self._path.parent, self._sight)
+        if holder is None:
             return
-        refuse_unless_stale(self._path.parent, holder, age)
-        # Whoever renames it has it; should that be a new lock, taken since it was read, it is put back.
-        aside = aside_of(self._path)
-        with contextlib.suppress(FileNotFoundError):
-            self._path.rename(aside)
-            if self._read(aside).get("token") != holder.get("token"):
-                with contextlib.suppress(FileExistsError):
-                    os.link(aside, self._path)
-            aside.unlink()
+        # Of those that found it stale one removes it, and only it: a new lock may be there by now.
+        claim = self._path.with_name(f"{self._path.name}.{holder.get('token')}")
+        try:
+            claim.touch(exist_ok=False)
+        except FileExistsError:
+            self._forget_abandoned(claim)
+            return
+        try:
+            if self._read(self._path).get("token") == holder.get("token"):
+                self._path.unlink(missing_ok=True)
+        finally:
+            claim.unlink(missing_ok=True)
 
-    def _age(self) -> float | None:
-        """Seconds since the last heartbeat, by the file server's clock; None when the lock is gone."""
+    def _forget_abandoned(self, claim: Path) -> None:
+        """Of a driver that was killed in the moment it had it."""
+        probe = aside_of(self._path)
+        probe.touch()
+        with contextlib.suppress(FileNotFoundError):
+            if probe.stat().st_mtime - claim.stat().st_mtime > STALE_S:
+                claim.unlink()
+        probe.unlink()
+
+    def _sight(self) -> Sight | None:
+        holder = self._read(self._path)
         probe = aside_of(self._path)
         probe.touch()
         try:
-            return probe.stat().st_mtime - self._path.stat().st_mtime
-        except FileNotFoundError:
+            beat = self._path.stat().st_mtime
+            return Sight(holder, beat, probe.stat().st_mtime - beat)
+        except FileNotFoundError:  # released meanwhile
             return None
         finally:
             probe.unlink()
 
     def _touch(self) -> dict[str, Any] | None:
         holder = self._read(self._path)
-        if not holder and not self._released.wait(1.0):  # one who looks at it may be putting it back
-            holder = self._read(self._path)
         if holder.get("token") != self._token:
             return holder
         os.utime(self._path)
@@ -176,6 +190,7 @@ def me() -> dict[str, Any]:
     """What a lock says of its holder: this process."""
     return {
         "host": socket.gethostname(),
+        "boot": _boot(),
         "processes": _process_space(),
         "pid": os.getpid(),
         "process_started": psutil.Process().create_time(),
@@ -183,8 +198,16 @@ def me() -> dict[str, Any]:
     }
 
 
+def _boot() -> str:
+    """What this start of this machine's kernel is called: machines that were cloned may share a host name."""
+    with contextlib.suppress(OSError):
+        return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+    return ""
+
+
 def _process_space() -> str:
-    """Two containers may share a host name; process ids mean the same only within one process namespace."""
+    """Two containers may share a host name; process ids mean the same only within one process namespace. The first
+    one of every machine has the same name."""
     with contextlib.suppress(OSError):
         return str(Path("/proc/self/ns/pid").readlink())
     return ""
@@ -192,7 +215,8 @@ def _process_space() -> str:
 
 def same_machine(holder: dict[str, Any]) -> bool:
     """Whether the holder's process id means something here."""
-    return (holder.get("host"), holder.get("processes")) == (socket.gethostname(), _process_space())
+    here = (socket.gethostname(), _boot(), _process_space())
+    return (holder.get("host"), holder.get("boot"), holder.get("processes")) == here
 
 
 def gone(holder: dict[str, Any]) -> bool:
@@ -203,19 +227,53 @@ def gone(holder: dict[str, Any]) -> bool:
         return True
 
 
-def refuse_unless_stale(run: Place, holder: dict[str, Any], age: float) -> None:
-    """Raise `RunError` where a lock's holder lives. `age`: seconds since its last heartbeat."""
-    if gone(holder) if same_machine(holder) else age > STALE_S:
-        return
-    who = f"host {holder.get('host', '?')}, process {holder.get('pid', '?')}, since {holder.get('since', '?')}"
-    if same_machine(holder):
-        mend = f"Wait for it, or end it: kill {holder.get('pid')}"
-    else:
-        mend = (
-            f"Wait for it, or end it there. If that machine is gone, run this again in {max(STALE_S - age, 1):.0f} s: "
-            f"its last sign of life is {max(age, 0):.0f} s old, and after {STALE_S:.0f} s its lock is taken over"
-        )
-    raise RunError(f"{run} is in use by another driver: {who}. {mend}. Use another run.name for a second run.")
+@dataclass(frozen=True, slots=True)
+class Sight:
+    """A lock as it was seen."""
+
+    holder: dict[str, Any]
+    beat: float
+    """When its last heartbeat was, by the clock of what stores it."""
+    age: float
+    """Seconds since then, by the same clock."""
+
+
+def wait_until_stale(run: Place, look: Callable[[], Sight | None]) -> dict[str, Any] | None:
+    """The holder of a lock that may be taken over; None where the lock was given back.
+
+    Whether a holder on this machine lives can be seen. One elsewhere has as long to show it as its heartbeat may stop.
+
+    Args:
+        look: sees the lock, or None where there is none any more.
+
+    Raises:
+        RunError: the holder lives.
+    """
+    first = None
+    while (seen := look()) is not None:
+        holder = seen.holder
+        here = same_machine(holder)
+        if gone(holder) if here else seen.age > STALE_S:
+            return holder
+        who = f"host {holder.get('host', '?')}, process {holder.get('pid', '?')}, since {holder.get('since', '?')}"
+        if here or (first and (first.holder.get("token"), first.beat) != (holder.get("token"), seen.beat)):
+            mend = f"Wait for it, or end it: kill {holder.get('pid')}" if here else "Wait for it, or end it there"
+            raise RunError(f"{run} is in use by another driver: {who}. {mend}. Use another run.name for a second run.")
+        if first is None:
+            first = seen
+            print(
+                f"waiting: {run} was in use by another driver ({who}) {max(seen.age, 0):.0f} s ago. Without a sign of "
+                f"life it is taken over in {max(STALE_S - seen.age, 1):.0f} s",
+                file=sys.stderr,
+                flush=True,
+            )
+        pause()
+    return None
+
+
+def pause() -> None:
+    """Until the next look at another host's lock."""
+    time.sleep(LOOK_S)
 
 
 def busy(place: Place) -> str:

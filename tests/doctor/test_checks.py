@@ -102,6 +102,13 @@ def test_leftover_processes_fail_where_they_leave_no_room_for_an_engine():
     assert "4711" in check.what
 
 
+def test_memory_of_a_gpu_that_nobody_visible_holds_fails_too():
+    full = replace(H200[1], free_mib=43_000)
+    (check,) = of(node_checks(replace(GOOD, gpus=(H200[0], full))), Status.FAIL)
+    assert check.what.startswith("GPU 1: less than 90% of the memory is free, held by processes that are not visible")
+    assert "outside of any container" in check.fix
+
+
 def test_a_node_without_gpus_is_fine_where_none_are_promised():
     bare = replace(GOOD, gpus=(), torch=Torch(None, 0))
     assert not checks.failed(node_checks(bare, promised=0.0))

@@ -1,5 +1,6 @@
 """The first signal ends a run in good order; a second one, of either kind, at once; a dead Ray does, too."""
 
+import contextlib
 import os
 import signal
 import subprocess
@@ -57,10 +58,12 @@ import ray
 
 from evolve import cluster
 from evolve.schema import ClusterConfig
+from evolve.stages import ending
 from evolve.stages.ending import Lifeline, obey_signals
 
-cluster.connect(ClusterConfig())
+cluster.connect(ClusterConfig(address=sys.argv[2] if len(sys.argv) > 2 else None))
 obey_signals()
+ending.HEAD_LOOK_S = 0.2
 Lifeline(Path(sys.argv[1]).touch, lambda: "all of it is safe")
 print("working", flush=True)
 try:
@@ -95,3 +98,79 @@ def test_a_run_ends_with_the_ray_it_has_started(whole: bool, tmp_path: Path) -> 
     assert "gcs_server" in said
     assert "all of it is safe" in said
     assert psutil.wait_procs(daemons, timeout=30)[1] == []
+
+
+ANOTHERS_RAY = """
+import time
+
+import ray
+
+ray.init(address="local", num_cpus=1, include_dashboard=False, log_to_driver=False)
+print(ray.get_runtime_context().gcs_address, flush=True)
+time.sleep(600)
+"""
+
+
+def test_a_run_ends_with_the_head_it_has_joined(tmp_path: Path) -> None:
+    """As when a Slurm job is cancelled: Ray is no child of the driver there."""
+    root = Path(__file__).parents[2]
+    own = {name: value for name, value in os.environ.items() if not name.startswith("RAY_")} | {
+        "RAY_AUTH_MODE": "disabled"
+    }
+    head = subprocess.Popen(
+        [sys.executable, "-c", ANOTHERS_RAY], cwd=root, env=own, stdout=subprocess.PIPE, text=True,
+        start_new_session=True,
+    )  # fmt: skip
+    try:
+        assert head.stdout is not None
+        address = head.stdout.readline().strip()
+        process = subprocess.Popen(
+            [sys.executable, "-c", WITH_RAY, str(tmp_path / "released"), address],
+            cwd=root, env=own, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+        )  # fmt: skip
+        assert process.stdout is not None
+        assert process.stderr is not None
+        assert process.stdout.readline() == "working\n"
+        os.killpg(head.pid, signal.SIGKILL)
+        assert process.wait(45) == 1, "Ray itself gives up after a minute"
+        assert (tmp_path / "released").exists()
+        said = process.stderr.read()
+        assert f"stopped: Ray's head at {address} ended" in said
+        assert "all of it is safe" in said
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(head.pid, signal.SIGKILL)
+        head.wait(30)
+
+
+SPOILED = """
+import sys, time
+
+from evolve import cluster
+from evolve.stages import ending
+from evolve.store.run import RunError
+
+def safe():
+    raise RunError("manifest.json is not readable")
+
+def last_act():
+    print("given back", file=sys.stderr, flush=True)
+    raise OSError("stale file handle")
+
+ending.LOOK_S = 0.05
+cluster.dead_daemons = lambda: ["raylet"]
+ending.Lifeline(last_act, safe)
+time.sleep(60)
+"""
+
+
+def test_a_run_ends_with_its_ray_whatever_becomes_of_its_last_acts() -> None:
+    root = Path(__file__).parents[2]
+    done = subprocess.run(
+        [sys.executable, "-c", SPOILED], cwd=root, capture_output=True, text=True, timeout=50, check=False
+    )
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines() == [
+        "stopped: Ray's raylet ended, which this run needs", "manifest.json is not readable", "given back",
+        "stale file handle",
+    ]  # fmt: skip

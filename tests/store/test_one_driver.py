@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -39,6 +40,11 @@ class Scene(ABC):
         """The file of the first lock that was taken."""
 
     @abstractmethod
+    @abstractmethod
+    def give_back(self) -> None:
+        """The other driver ends in good order."""
+
+    @abstractmethod
     def check_released(self) -> None:
         """What is left of one lock that was taken and given back."""
 
@@ -57,6 +63,9 @@ class OnDisk(Scene):
     def left_by_another(self, age_s: float = 0.0, number: int = 1, **changes: object) -> None:
         self.own().write_text(json.dumps({**lock.me(), "token": "theirs", **changes}))
         os.utime(self.own(), (time.time() - age_s,) * 2)
+
+    def give_back(self) -> None:
+        self.own().unlink()
 
     def check_released(self) -> None:
         assert list(self.own().parent.iterdir()) == []
@@ -84,11 +93,14 @@ class InStore(Scene):
     def holders(self) -> list[dict[str, object]]:
         return [json.loads(path.read_bytes()) for path in self.bucket.glob("*")]
 
+    def give_back(self) -> None:
+        self.left_by_another(host="elsewhere", released=True)
+
     def check_released(self) -> None:
         assert [holder["released"] for holder in self.holders()] == [True], "those that were outnumbered are gone"
 
     def check_kept(self) -> None:
-        assert [holder.get("released") for holder in self.holders() if holder["host"] == "elsewhere"] == [None]
+        assert [holder.get("released") for holder in self.holders() if holder["token"] == "theirs"] == [None]
 
 
 @pytest.fixture
@@ -140,18 +152,54 @@ def test_a_process_that_has_the_dead_drivers_number_does_not_hold_its_lock(scene
     lock.release()
 
 
-@pytest.mark.parametrize("other", [{"host": "elsewhere"}, {"processes": "pid:[another container]"}])
-def test_the_lock_of_another_host_is_taken_over_only_once_its_heartbeat_has_stopped(
-    scene: Scene, other: dict[str, Any]
+OTHERS = [{"host": "elsewhere"}, {"boot": "a clone of this machine"}, {"processes": "pid:[another container]"}]
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_driver_elsewhere_that_shows_a_sign_of_life_keeps_its_lock(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], other: dict[str, Any]
 ) -> None:
-    scene.left_by_another(STALE_S - 30, pid=1, **other)
-    with pytest.raises(RunError, match=r"process 1, .* run this again in \d+ s"):
+    """Whether a process of that number lives here means nothing."""
+    scene.left_by_another(STALE_S - 29, pid=1, process_started=1.0, **other)
+    pauses = iter([lambda: None, lambda: os.utime(scene.own())])
+    monkeypatch.setattr(lock, "pause", lambda: next(pauses)())
+    with pytest.raises(RunError, match=r"in use by another driver: .*, process 1, .* end it there"):
         scene.lock().acquire()
-    scene.left_by_another(STALE_S + 5, pid=1, **other)
-    lock = scene.lock()
-    lock.acquire()
-    lock.release()
+    assert next(pauses, None) is None
+    scene.check_kept()
+    assert re.search(r"process 1, since .*\) 91 s ago\. .* taken over in (29|28) s", capsys.readouterr().err)
+
+
+@pytest.mark.parametrize("other", OTHERS)
+def test_a_driver_elsewhere_whose_heartbeat_has_stopped_is_waited_for_and_then_taken_over(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch, other: dict[str, Any]
+) -> None:
+    """As after a node was lost: what starts the run again does so once."""
+    beat = time.time() - STALE_S + 30
+    scene.left_by_another(pid=1, **other)
+    os.utime(scene.own(), (beat, beat))
+    pauses = []
+
+    def time_passes() -> None:
+        pauses.append(len(pauses))
+        monkeypatch.setattr(lock, "STALE_S", lock.STALE_S - 20)
+
+    monkeypatch.setattr(lock, "pause", time_passes)
+    mine = scene.lock()
+    mine.acquire()
+    mine.release()
+    assert pauses == [0, 1]
     scene.check_released()
+
+
+def test_a_driver_elsewhere_that_gives_its_lock_back_is_followed_at_once(
+    scene: Scene, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene.left_by_another(host="elsewhere")
+    monkeypatch.setattr(lock, "pause", scene.give_back)
+    mine = scene.lock()
+    mine.acquire()
+    mine.release()
 
 
 def together(scene: Scene, count: int) -> list[DriverLock]:
@@ -182,6 +230,42 @@ def test_of_many_drivers_at_once_one_gets_the_run(scene: Scene, stale: bool) -> 
         scene.left_by_another(STALE_S + 5, host="elsewhere")
     (got,) = together(scene, 8)
     got.release()
+    scene.check_released()
+
+
+def test_a_driver_that_was_late_to_find_a_lock_stale_leaves_the_one_that_has_followed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scene = OnDisk(tmp_path)
+    scene.left_by_another(STALE_S + 5, host="elsewhere")
+    winner = scene.lock()
+    wait = lock.wait_until_stale
+
+    def late(*arguments: Any) -> Any:
+        monkeypatch.setattr(lock, "wait_until_stale", wait)
+        found = wait(*arguments)
+        winner.acquire()
+        return found
+
+    monkeypatch.setattr(lock, "wait_until_stale", late)
+    with pytest.raises(RunError, match="in use by another driver"):
+        scene.lock().acquire()
+    assert list(tmp_path.iterdir()) == [scene.own()], "no claim is left"
+    winner.release()
+    scene.check_released()
+
+
+def test_a_claim_on_a_stale_lock_that_its_driver_died_with_is_forgotten(tmp_path: Path) -> None:
+    scene = OnDisk(tmp_path)
+    scene.left_by_another(STALE_S + 5, host="elsewhere")
+    claim = tmp_path / "lock.json.theirs"
+    claim.touch()
+    with pytest.raises(RunError, match="at the same moment"):
+        scene.lock().acquire()
+    os.utime(claim, (time.time() - STALE_S - 5,) * 2)
+    mine = scene.lock()
+    mine.acquire()
+    mine.release()
     scene.check_released()
 
 
