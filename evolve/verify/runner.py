@@ -11,8 +11,18 @@ import socket
 import time
 from typing import TYPE_CHECKING
 
-from evolve.verify.deaths import cause_of_death
-from evolve.verify.nodes import LIVE, RUNNING, STARTING, Job, Node, digest, parse_result, process_parents
+from evolve.verify.deaths import FOR_MEMORY, Death, cause_of_death
+from evolve.verify.nodes import (
+    LIVE,
+    RUNNING,
+    STARTING,
+    Job,
+    Node,
+    digest,
+    parse_result,
+    process_parents,
+    resident_bytes,
+)
 from evolve.verify.server import ProtocolError, Server, ServerState, make_channel, pass_pidfds, receive
 from evolve.verify.snapshots import Snapshots
 
@@ -21,6 +31,12 @@ if TYPE_CHECKING:
 
 GRACE_S = 0.02
 """How long after a node's death its server's death would have been noticed."""
+
+SAMPLE_S = 0.05
+"""How often the memory of a node that runs is looked at."""
+
+NEAR = 0.75
+"""Part of a process's memory limit from which a kill of unknown cause is taken to be for its memory."""
 
 
 class Runner:
@@ -104,7 +120,7 @@ class Runner:
         self.pids[pid] = node
         job = node.job
         assert job is not None
-        node.checked = node.started + min(job.cpu_s, job.wall_s)
+        node.checked = node.started + min(job.cpu_s, job.wall_s, SAMPLE_S)
         self._stop_parent(node)
 
     def _stop_parent(self, node: Node) -> None:
@@ -141,9 +157,9 @@ class Runner:
 
     def _keep(self, node: Node) -> None:
         """Make a finished node a snapshot; evict the least recently used beyond the budget."""
-        previous = self.live.nodes.get(node.key)
-        if previous is not None:
-            self.end(previous)
+        if node.key in self.live.nodes:  # Its step was also a replayed prefix; the other may be being forked.
+            self.end(node)
+            return
         node.state = LIVE
         self.live.add(node)
         for candidate in self.live.surplus():
@@ -170,7 +186,7 @@ class Runner:
     def _on_death(self, node: Node) -> None:
         """A node's channel closed without our doing."""
         if node.state == LIVE:
-            node.server.killed_for_memory()
+            node.fate = cause_of_death(node.pidfd, node.server.killed_for_memory())
             self.end(node)
             return
         # Its server may be dying too, which is not the code's doing: judge when that would be known.
@@ -181,9 +197,31 @@ class Runner:
     def _judge_dead(self, node: Node) -> None:
         """A node died some time ago, and its server lives."""
         if node.state == STARTING:
-            self._lineage_failed(node, "crash", "the state to continue from died")
+            self._not_forked(node)
+            return
+        death = cause_of_death(node.pidfd, node.server.killed_for_memory())
+        if death.status == "infrastructure" and node.peak > NEAR * (node.server.settings.memory_mb << 20):
+            death = Death("oom", FOR_MEMORY, False)
+        if death.certain:
+            self._fail(node, death.status, death.message)
         else:
-            self._fail(node, *cause_of_death(node.pidfd, node.server.killed_for_memory()))
+            self._lose(node, death)
+
+    def _lose(self, node: Node, death: Death) -> None:
+        """End a node that was lost to what may not be the code's doing: its step is tried again.
+
+        When it was lost in the same way before, and that is more than the sandbox's failure, it is called that.
+        """
+        job = node.job
+        assert job is not None
+        loss = (job.index, death)
+        if death.status != "infrastructure" and job.lost == loss:
+            self._fail(node, death.status, death.message)
+            return
+        job.lost = loss
+        node.job = None
+        self.end(node)
+        self.owner.retry(job, death.message)
 
     def _fail(self, node: Node, status: str, message: str) -> None:
         """End a running node and report it."""
@@ -194,19 +232,39 @@ class Runner:
         self.end(node)
         self.owner.finish(job, status, {"m": message}, cpu, wall)
 
-    def _lineage_failed(self, node: Node, status: str, message: str) -> None:
-        """The parent did not fork: its fault when it is a node, the sandbox's when it is the server."""
+    def _not_forked(self, node: Node) -> None:
+        """A node was gone before it greeted, or the one to fork it is: the machine had no room, or the code did it."""
+        parent = node.parent
+        death = Death("infrastructure", "no process could be forked", False)
+        if parent is not None:
+            fate = parent.fate
+            idle = parent.forking > 0 and node.server.permits.get(parent.pid, 0) >= parent.forking
+            if idle or (fate is not None and fate.status == "crash"):
+                death = Death("crash", "the state to continue from died", False)
+            self.end(parent)
+        self._lose(node, death)
+        self.sweep()
+
+    def _not_greeted(self, node: Node) -> None:
+        """The parent did not fork in time: its fault where it ran on or slept, the machine's where it had to wait."""
         parent, job, server = node.parent, node.job, node.server
         assert job is not None
-        if parent is not None:
-            self.end(parent)
-            self._fail(node, status, message)
-        else:
+        if parent is None:
             node.job = None
             self.end(node)
             self.owner.drop_server(server)
-            self.owner.retry(job, f"the interpreter server did not fork: {message}")
+            self.owner.retry(job, "the interpreter server did not fork in time")
+        else:
+            busy = parent.cpu() - node.parent_cpu > 0.5 * job.cpu_s
+            states = {state for pid, above, state in process_parents() if self._forks_now(parent, pid, above)}
+            status = "timeout" if busy or states == {"S"} else "infrastructure"
+            self.end(parent)
+            self._lose(node, Death(status, "the state to continue from did not answer", False))
         self.sweep()
+
+    def _forks_now(self, parent: Node, pid: int, above: int) -> bool:
+        """Whether `pid`, child of `above`, is `parent` or a child of it that has not greeted."""
+        return pid == parent.pid or (above == parent.pid and pid not in self.pids)
 
     def _violation(self, node: Node, why: str) -> None:
         """A node broke the protocol: it and what it would leave behind are ended."""
@@ -241,15 +299,16 @@ class Runner:
                 self._judge_dead(node)
                 continue
             if node.state == STARTING:
-                self._lineage_failed(node, "timeout", "the state to continue from did not answer")
+                self._not_greeted(node)
                 continue
             cpu, wall = node.cpu(), now - node.started
+            node.peak = max(node.peak, resident_bytes(node.pid))
             if cpu >= job.cpu_s:
                 self._fail(node, "timeout", f"more than {job.cpu_s:g} s of CPU time")
             elif wall >= job.wall_s:
                 self._fail(node, "timeout", f"more than {job.wall_s:g} s of wall time")
             else:
-                node.checked = now + max(0.001, min(job.cpu_s - cpu, job.wall_s - wall))
+                node.checked = now + max(0.001, min(job.cpu_s - cpu, job.wall_s - wall, SAMPLE_S))
 
     def end_all_of(self, server: Server) -> list[Job]:
         """End what runs and waits in `server`; the jobs that were running."""

@@ -30,7 +30,7 @@ GC_THRESHOLDS = (10_000, 20, 20)
 sympy step a tenth of its time."""
 
 # Called after untrusted code, which may have replaced them where they live.
-_exit, _fork, _freeze = os._exit, os.fork, gc.freeze
+_close, _exit, _fork, _freeze = os.close, os._exit, os.fork, gc.freeze
 _settrace, _setprofile, _setrecursionlimit = sys.settrace, sys.setprofile, sys.setrecursionlimit
 _type_name = type.__dict__["__name__"].__get__
 
@@ -170,8 +170,12 @@ def serve(
         for level, kind, data in ancillary:
             if level == SOL_SOCKET and kind == SCM_RIGHTS:
                 fd = int.from_bytes(data[:4], sys.byteorder)
-        if _fork():
-            os.close(fd)
+        try:
+            above = _fork()
+        except OSError:  # No memory or processes just now. The child's channel closes, which says so.
+            above = -1
+        if above:
+            _close(fd)
             continue
         channel.close()
         channel = socket(fileno=fd)

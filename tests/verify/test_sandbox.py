@@ -1,9 +1,6 @@
 # ruff: noqa: ASYNC221
 """What executing a step promises: state, isolation from siblings, typed verdicts, limits."""
 
-import asyncio
-import os
-import signal
 import subprocess
 import sys
 import textwrap
@@ -11,13 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from evolve.schema import VerifierConfig
 from evolve.types import Status, Verdict
-from evolve.verify.layers import detect, without
-from evolve.verify.selftest import descendants
 from evolve.verify.service import SandboxVerifier
 from evolve.verify.steps import prefix_keys
-from tests.verify.support import early_deaths_are_known, exit_status_is_known, problem
+from tests.verify.support import early_deaths_are_known, problem
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 REPOSITORY = Path(__file__).parents[2]
@@ -110,30 +104,6 @@ async def test_spinning_and_sleeping_end_at_their_limits(verifier: SandboxVerifi
 async def test_memory_is_limited(verifier: SandboxVerifier) -> None:
     verdict = await verifier.check(problem(), (), "x = []\nwhile True:\n    x.append(b'a' * 10**7)")
     assert (verdict.status, verdict.exception) == (Status.ERROR, "MemoryError")
-
-
-async def test_a_step_that_the_kernel_kills_for_its_memory_is_called_so() -> None:
-    verifier = SandboxVerifier(VerifierConfig(supervisors=1), without(detect(), "cgroup"))
-    try:
-        p, root = problem(), "a = [7]"
-        await verifier.check(p, (), root)
-        before = set(descendants())
-        slow = asyncio.ensure_future(verifier.check(p, (root,), "import time\ntime.sleep(5)"))
-        new: list[int] = []
-        while not new:
-            await asyncio.sleep(0.02)
-            new = [pid for pid, state in descendants().items() if pid not in before and state == "S"]
-        # Nothing but the out-of-memory killer sends SIGKILL from outside: this stands in for it.
-        os.kill(new[0], signal.SIGKILL)
-        verdict = await slow
-        after = await verifier.check(p, (root,), "print(a)")
-    finally:
-        await verifier.close()
-    if exit_status_is_known():
-        assert (verdict.status, "memory" in verdict.message) == (Status.OOM, True)
-    else:
-        assert verdict.status is Status.CRASH
-    assert after.stdout == "[7]\n"
 
 
 @pytest.mark.parametrize(
