@@ -23,7 +23,7 @@ from evolve.verify.nodes import (
     process_parents,
     resident_bytes,
 )
-from evolve.verify.server import ProtocolError, Server, ServerState, make_channel, pass_pidfds, receive
+from evolve.verify.server import FRAME, ProtocolError, Server, ServerState, make_channel, pass_pidfds, receive
 from evolve.verify.snapshots import Snapshots
 
 if TYPE_CHECKING:
@@ -51,8 +51,18 @@ class Runner:
         self.pids: dict[int, Node] = {}
         self.active: set[Node] = set()
 
-    def fork(self, job: Job, server: Server, parent: Node | None) -> None:
-        """Command a fork of `parent` (or of the server itself) to run the job's next step."""
+    def fork(self, job: Job, server: Server, parent: Node | None) -> bool:
+        """Command a fork of `parent` (or of the server itself) to run the job's next step.
+
+        False: it has so many commands that it takes no more now.
+        """
+        if job.merged < job.index:
+            packet = b"M" + json.dumps(job.codes[job.merged : job.index + 1]).encode()
+        else:
+            packet = job.verb + job.codes[job.index].encode("utf-8", "surrogatepass")
+        if len(packet) > FRAME:
+            self.owner.finish(job, "refused", {"m": f"a command is longer than {FRAME} bytes"}, 0.0, 0.0)
+            return True
         ours, theirs = make_channel()
         pass_pidfds(ours, True)
         node = Node(server, parent, job, ours)
@@ -63,21 +73,22 @@ class Runner:
             if parent.forking == 0:
                 parent.signal(signal.SIGCONT)
             parent.forking += 1
-        if job.merged < job.index:
-            packet = b"M" + json.dumps(job.codes[job.merged : job.index + 1]).encode()
-        else:
-            packet = job.verb + job.codes[job.index].encode("utf-8", "surrogatepass")
         self.active.add(node)
         self.owner.watch(ours, node)
         node.checked = node.started + min(job.wall_s, job.cpu_s + 2.0)
         server.permit(pid)
         try:
             socket.send_fds(source, [packet], [theirs.fileno()])
+        except BlockingIOError:
+            server.take_back(pid)
+            self.end(node)
+            return False
         except OSError as error:
             # The other end of `ours` closes now, which is taken as the node's death.
             self.owner.counts[f"fork_{errno.errorcode.get(error.errno or 0, 'failed')}"] += 1
         finally:
             theirs.close()
+        return True
 
     # ------------------------------------------------------------------ what nodes say
 

@@ -85,8 +85,11 @@ def receive(channel: socket.socket) -> Packet:
 
 
 def make_channel() -> tuple[socket.socket, socket.socket]:
-    """A socket pair whose first end is non-blocking and is told who sent each packet."""
+    """A socket pair whose first end is non-blocking and is told who sent each packet. Either sends `FRAME` bytes."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for end in (ours, theirs):
+        # The kernel doubles what is asked for, so that what net.core.wmem_max lets anybody have by default is enough.
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, FRAME)
     ours.setblocking(False)
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
     return ours, theirs
@@ -212,6 +215,13 @@ class Server:
         """Let process `pid` fork once."""
         self.permits[pid] = self.permits.get(pid, 0) + 1
 
+    def take_back(self, pid: int) -> None:
+        """Process `pid` is not to fork after all."""
+        if self.permits.get(pid, 0) > 1:
+            self.permits[pid] -= 1
+        else:
+            self.permits.pop(pid, None)
+
     def answer_fork(self) -> int:
         """Answer one notification: a commanded fork proceeds, any other fails with EPERM.
 
@@ -237,10 +247,7 @@ class Server:
                 return 0
             raise
         if permitted:
-            if permitted == 1:
-                del self.permits[pid]
-            else:
-                self.permits[pid] = permitted - 1
+            self.take_back(pid)
             return 0
         self.strikes[pid] = self.strikes.get(pid, 0) + 1
         return pid if self.strikes[pid] >= STRIKES else 0

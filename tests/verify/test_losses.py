@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from evolve.schema import VerifierConfig
-from evolve.types import Problem, Status, Verdict
+from evolve.types import Outcome, Problem, Status, Verdict
 from evolve.verify.layers import detect, without
 from evolve.verify.nodes import Job, Node
 from evolve.verify.runner import Runner
@@ -134,3 +134,31 @@ async def test_a_state_made_twice_at_once_keeps_the_one_that_may_be_forking() ->
     assert list(runner.live) == nodes[:1]
     assert [node.channel.fileno() >= 0 for node in nodes] == [True, False]
     nodes[0].channel.close()
+
+
+async def test_long_steps_after_one_state_wait_for_each_other(verifier: SandboxVerifier) -> None:
+    p, root = problem(), "import math\nx = [1]"
+    await verifier.check(p, (), root)
+    long = f"import math\ny = '{'é' * 60_000}'\nx.append(0)\n"
+    verdicts = await verifier.check_many([(p, (root,), f"{long}print(len(x), {i})") for i in range(12)])
+    assert [verdict.stdout for verdict in verdicts] == [f"2 {i}\n" for i in range(12)]
+
+
+async def test_a_long_step_after_states_of_the_lane_fits_its_packet() -> None:
+    verifier = SandboxVerifier(VerifierConfig(supervisors=1))
+    try:
+        p, long = problem(), f"y = ['{'é' * 60_000}']"
+        assert (await verifier.check(p, (), "a = 1 + 1")).ok
+        verdict = await verifier.check(p, ("a = 1 + 1", long), "print(a, len(y[0]))")
+        assert (await verifier.stats())["lane"] == 1
+    finally:
+        await verifier.close()
+    assert verdict.stdout == "2 60000\n"
+
+
+async def test_what_is_longer_than_a_packet_is_refused(verifier: SandboxVerifier) -> None:
+    before = (await verifier.stats()).get("refused", 0)
+    outcome = await verifier._compare("long", "G", [["7", "x" * 300_000]])
+    stats = await verifier.stats()
+    assert (outcome, stats["refused"] - before) == (Outcome.TIMEOUT, 1)
+    assert stats.get("sandbox_failures", 0) == 0
