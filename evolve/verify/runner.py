@@ -122,6 +122,7 @@ class Runner:
         except ProcessLookupError:
             # It ran and died before this: the code's doing, as its parent did fork. Of what, nobody can say.
             self._stop_parent(node)
+            node.server.forget(pid)
             node.state = RUNNING
             self._on_death(node)
             return
@@ -150,6 +151,9 @@ class Runner:
             body = parse_result(packet, job.verb, node.server.settings.output_bytes)
         except ProtocolError as error:
             self._violation(node, str(error))
+            return
+        if node.pid in node.server.sharing:
+            self._fail(node, "refused", "the code mapped memory that later steps would share with each other")
             return
         self.active.discard(node)
         node.job = None

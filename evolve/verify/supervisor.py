@@ -202,7 +202,7 @@ class Supervisor:
 
     def _on_server(self, server: Server, fd: int) -> None:
         if fd == server.listener:
-            pid = server.answer_fork()
+            pid = server.answer()
             if pid:
                 self.runner.insisted(server, pid)
             return
