@@ -32,6 +32,9 @@ if TYPE_CHECKING:
 GRACE_S = 0.02
 """How long after a node's death its server's death would have been noticed."""
 
+SWEEP_S = 0.1
+"""How long after a sweep that could not judge all processes there is another."""
+
 SAMPLE_S = 0.05
 """How often the memory of a node that runs is looked at."""
 
@@ -50,6 +53,8 @@ class Runner:
         self.live = Snapshots(snapshot_mb << 20, max(8, min(hard, 1 << 16) // 3 - 32))
         self.pids: dict[int, Node] = {}
         self.active: set[Node] = set()
+        self.sweep_at: float | None = None
+        """When to look again for processes that no node accounts for."""
 
     def fork(self, job: Job, server: Server, parent: Node | None) -> bool:
         """Command a fork of `parent` (or of the server itself) to run the job's next step.
@@ -304,8 +309,10 @@ class Runner:
             self.sweep()
 
     def check_limits(self) -> None:
-        """Kill what is over its CPU or wall time."""
+        """Kill what is over its CPU or wall time, and what an earlier sweep has left."""
         now = time.monotonic()
+        if self.sweep_at is not None and self.sweep_at <= now:
+            self.sweep()
         for node in [node for node in self.active if node.checked <= now]:
             job = node.job
             if job is None or node not in self.active:  # Ended with another one's server or lineage.
@@ -337,26 +344,35 @@ class Runner:
         return held
 
     def sweep(self) -> None:
-        """Kill processes below this one that no node accounts for: a child that never greeted."""
-        known = {*self.pids, self.owner.lane.pid}
+        """Kill processes below this one that no node accounts for: a child that never greeted.
+
+        Those that cannot be told yet from a child about to greet, or a server's own, are left to the next sweep.
+        """
+        self.sweep_at = None
         parents = {pid: parent for pid, parent, _ in process_parents()}
+        known, warming, mine = {*self.pids, self.owner.lane.pid}, set(), os.getpid()
+        forking = {node.server.pid if node.parent is None else node.parent.pid for node in self.active if not node.pid}
         for server in self.owner.servers.values():
-            pid = server.pid or (server.process.pid if server.process else 0)
             if server.state is not ServerState.READY:
-                return  # Its processes cannot be told apart yet; the next sweep will.
-            while pid and pid != os.getpid():
+                warming.add(server.process.pid if server.process else 0)
+                continue
+            if self.owner.lane.starting:
+                forking.add(server.pid)
+            pid = server.pid
+            while pid and pid != mine:
                 known.add(pid)
                 pid = parents.get(pid, 0)
-        if self.owner.lane.starting or any(node.state == STARTING for node in self.active):
-            return
-        mine = os.getpid()
         for pid in parents:
-            ancestor = pid
-            while ancestor and ancestor != mine:
-                ancestor = parents.get(ancestor, 0)
-            if ancestor == mine and pid != mine and pid not in known:
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:  # It was one of those just killed, and is gone.
-                    continue
-                self.owner.counts["strays"] += 1
+            line = [pid]
+            while line[-1] and line[-1] != mine:
+                line.append(parents.get(line[-1], 0))
+            if pid in known or pid == mine or line[-1] != mine:
+                continue
+            if parents[pid] in forking or not warming.isdisjoint(line):
+                self.sweep_at = time.monotonic() + SWEEP_S
+                continue
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:  # It was one of those just killed, and is gone.
+                continue
+            self.owner.counts["strays"] += 1

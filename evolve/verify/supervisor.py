@@ -78,8 +78,7 @@ class Supervisor:
     def _patience(self) -> float | None:
         """Seconds until the first limit may be reached; None: nothing is running."""
         deadlines = [node.checked for node in self.runner.active]
-        if self.lane.deadline is not None:
-            deadlines.append(self.lane.deadline)
+        deadlines += [at for at in (self.lane.deadline, self.runner.sweep_at) if at is not None]
         return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
 
     def _dispatch(self, fd: int) -> None:

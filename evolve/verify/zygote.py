@@ -197,6 +197,7 @@ def serve(
                 depth += 1
                 if not frame.startswith(b'R{"s":"ok"'):
                     break
+            disarm()
         elif verb == b"A":
             as_package(here)
             from evolve.verify import arithmetic
@@ -301,13 +302,15 @@ def main(kind: str, fd: int, here: str) -> None:
     sys.modules["__main__"] = module
     sys.argv = [""]
 
-    setitimer, alarm = signal.setitimer, signal.alarm
+    setitimer, alarm, set_handler = signal.setitimer, signal.alarm, sys.modules["_signal"].signal
+    child_ends, ignored = int(signal.SIGCHLD), int(signal.SIG_IGN)
     timers = (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF)
 
     def disarm() -> None:
         for timer in timers:
             setitimer(timer, 0)
         alarm(0)
+        set_handler(child_ends, ignored)
 
     setrlimit, limit = resource.setrlimit, (settings["cpu_s"], settings["cpu_s"] + 1)
 
