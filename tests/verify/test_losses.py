@@ -5,6 +5,9 @@ import errno
 import os
 import signal
 import socket
+import subprocess
+import sys
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -21,6 +24,8 @@ from evolve.verify.steps import prefix_keys
 from tests.verify.support import exit_status_is_known, problem
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+REPOSITORY = Path(__file__).parents[2]
 
 PATCHED = (
     "import errno, os, sys, time\nharness = sys.modules['zygote']\nfork = harness._fork\n{}\nharness._fork = patched"
@@ -162,3 +167,34 @@ async def test_what_is_longer_than_a_packet_is_refused(verifier: SandboxVerifier
     stats = await verifier.stats()
     assert (outcome, stats["refused"] - before) == (Outcome.TIMEOUT, 1)
     assert stats.get("sandbox_failures", 0) == 0
+
+
+SWEEPS = """
+import os, subprocess
+from types import SimpleNamespace
+from evolve.verify.nodes import Job, Node
+from evolve.verify.runner import Runner
+
+lane = SimpleNamespace(pid=0, starting=False)
+runner = Runner(SimpleNamespace(owners={}, servers={}, counts={"strays": 0}, lane=lane), 64)
+request = {"i": 0, "k": "light", "o": "C", "c": ["a = 1"], "h": ["k"], "cpu": 1.0, "wall": 1.0}
+for pid in (1 << 30, os.getpid()):
+    node = Node(SimpleNamespace(pid=pid), None, Job(request), None)
+    stray = subprocess.Popen(["sleep", "60"])
+    runner.active = {node}
+    node.checked = float("inf")
+    runner.sweep()
+    print(runner.sweep_at is not None)
+    if runner.sweep_at is not None:
+        runner.active.clear()
+        runner.sweep_at = 0.0
+        runner.check_limits()
+    print(stray.wait(30))
+"""
+
+
+async def test_a_sweep_takes_what_no_starting_node_can_be_and_comes_again_for_the_rest() -> None:
+    done = await asyncio.to_thread(
+        subprocess.run, [sys.executable, "-c", SWEEPS], capture_output=True, text=True, cwd=REPOSITORY, check=False
+    )
+    assert done.stdout.split() == ["False", "-9", "True", "-9"], done.stderr
