@@ -148,3 +148,9 @@ def _has_ancestor(pid: int, ancestor: int) -> bool:
         if pid == ancestor:
             return True
     return False
+
+
+async def test_the_memory_of_large_arrays_counts(verifier: SandboxVerifier) -> None:
+    before = (await verifier.stats()).get("snapshot_bytes", 0)
+    assert (await verifier.check(problem(), (), "import numpy\nlarge = numpy.ones(5 * 10**6)")).ok
+    assert (await verifier.stats())["snapshot_bytes"] - before > 40e6
