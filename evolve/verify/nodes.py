@@ -102,7 +102,8 @@ class Job:
         self.kind: str = request["k"]
         self.verb: bytes = request["o"].encode()
         self.codes: list[str] = request["c"]
-        self.keys: list[str] = request["h"]
+        self.keys: list[str] = [f"{self.kind} {key}" for key in request["h"]]
+        """Names of the states after each of the codes, in a server of this kind."""
         self.cpu_s: float = request["cpu"]
         self.wall_s: float = request["wall"]
         self.lane = bool(request.get("a"))

@@ -125,7 +125,7 @@ class SelfTest:
         """Execute a step under its own limits; `spare`: how much more wall than CPU time."""
         codes = (*parent, step)
         kind = server_kind(codes)
-        keys = prefix_keys(problem.id, kind, codes)
+        keys = prefix_keys(problem.id, codes)
         if len(step) > 1 << 17:
             return await self.verifier.check(problem, tuple(parent), step)
         return await self.verifier.execute(problem.id, codes, kind, keys, limit, limit * spare)

@@ -155,12 +155,19 @@ class Supervisor:
         self.ready.appendleft(job)
 
     def finish(self, job: Job, status: str, body: dict[str, Any], cpu: float, wall: float) -> None:
-        """Send a job's verdict; wake those that waited for a step it was building."""
+        """Send a job's verdict; wake those that waited for a step it was building.
+
+        A step of the prefix, which was ok once, that now does not keep its limits is no verdict on the last: it is run
+        once more.
+        """
         if job.index < job.last:
+            message = f"step {job.index + 1} of the prefix failed when run again: {body.get('m', '')}"
+            if status in ("timeout", "oom", "crash"):
+                job.attempts = max(job.attempts, ATTEMPTS - 2)
+                self.retry(job, message)
+                return
             self._wake(job.keys[job.index])
-            if status != "infrastructure":
-                body["m"] = f"step {job.index + 1} of the prefix failed when run again: {body.get('m', '')}"
-                body["l"] = None
+            body.update(m=message, l=None, p=True)
         self.counts["executions" if job.verb == b"C" else "gradings"] += 1
         self.counts[status] += 1
         replayed = bool(job.digests)

@@ -121,7 +121,7 @@ async def test_code_that_keeps_its_state_from_forking_twice_is_called_so(
     if "_exit" in body and not exit_status_is_known():
         pytest.skip("this kernel does not tell what a process died of (before Linux 6.15)")
     name, codes = problem().id, (PATCHED.format(body), "print(1)")
-    keys = prefix_keys(name, "light", codes)
+    keys = prefix_keys(name, codes)
     assert (await verifier.execute(name, codes[:1], "light", keys[:1])).ok
     verdict = await verifier.execute(name, codes, "light", keys, 0.3, 0.6)
     assert verdict.status is status

@@ -90,7 +90,7 @@ async def test_output_is_capped_in_bytes_and_flagged(verifier: SandboxVerifier) 
 async def test_spinning_and_sleeping_end_at_their_limits(verifier: SandboxVerifier) -> None:
     async def run(code: str, cpu_s: float, wall_s: float) -> Verdict:
         name = problem().id
-        return await verifier.execute(name, (code,), "light", prefix_keys(name, "light", (code,)), cpu_s, wall_s)
+        return await verifier.execute(name, (code,), "light", prefix_keys(name, (code,)), cpu_s, wall_s)
 
     spin = await run("while True:\n    pass", 0.3, 60.0)
     sleep = await run("import time\ntime.sleep(60)", 5.0, 0.3)
