@@ -121,7 +121,7 @@ def run_code(code: str, depth: int, namespace: dict[str, Any], stdout: Any) -> b
     filename = f"<step {depth}>"
     failure = ""
     try:
-        exec(compile(code, filename, "exec"), namespace)
+        exec(compile(code, filename, "exec", dont_inherit=True), namespace)
     except BaseException as error:
         _setrecursionlimit(1000)
         failure = describe_exception(error, sys.exc_info()[2], filename)

@@ -1,6 +1,8 @@
 # ruff: noqa: ASYNC221
 """What executing a step promises: state, isolation from siblings, typed verdicts, limits."""
 
+import asyncio
+import json
 import subprocess
 import sys
 import textwrap
@@ -144,3 +146,35 @@ async def test_the_command_line_runs_a_files_steps(tmp_path: Path) -> None:
         "7",
         "step 3: error: ZeroDivisionError division by zero line 1",
     ]
+
+
+async def test_the_flags_of_the_sandboxs_own_code_are_not_a_steps(verifier: SandboxVerifier) -> None:
+    code = "class A:\n    x: int\nprint(A.__annotations__)\nprint(eval('1 + 1'))"
+    assert (await verifier.check(problem(), (), code)).stdout == "{'x': <class 'int'>}\n2\n"
+
+
+def verify(file: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "evolve.verify", *arguments, str(file)]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+
+
+async def test_the_command_line_escapes_what_a_step_says(tmp_path: Path) -> None:
+    file = tmp_path / "steps.py"
+    file.write_text("print('\\x1b[2J\\0é')\n<end_of_step>\nraise ValueError('\\ud800\\x1b\\nstep 3: ok')")
+    done = await asyncio.to_thread(verify, file)
+    assert (done.returncode, done.stderr) == (1, "")
+    lines = [line.split(" (")[0] for line in done.stdout.splitlines()]
+    said = "\\ud800\\x1b\\nstep 3: ok"
+    assert lines == ["step 1: ok", "\\x1b[2J\\x00\\xe9", f"step 2: error: ValueError {said} line 1"]
+
+
+@pytest.mark.parametrize(("status", "returncode"), [("refused", 0), ("ok", 1)])
+async def test_the_self_test_runs_a_given_file_and_fails_with_it(tmp_path: Path, status: str, returncode: int) -> None:
+    file = tmp_path / "snippets.json"
+    long = {"name": "euros", "code": f"# {'€' * 100_000}", "expect": {"status_in": [status]}}
+    file.write_text(json.dumps([long, {"name": "plain", "code": "print(1)", "expect": {"status_in": ["ok"]}}]))
+    done = await asyncio.to_thread(verify, file, "--self-test", "--snippets")
+    assert done.returncode == returncode, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()[1:3]]
+    assert [line[:3] for line in lines] == [["FAIL" if returncode else "ok", "euros", "refused"], ["ok", "plain", "ok"]]
+    assert returncode == 0 or "longer than 131072 bytes" in done.stdout
