@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from evolve.schema import VerifierConfig
 from evolve.types import Status, Verdict
 from evolve.verify.service import SandboxVerifier
 from evolve.verify.steps import prefix_keys
@@ -178,3 +179,18 @@ async def test_the_self_test_runs_a_given_file_and_fails_with_it(tmp_path: Path,
     lines = [line.split() for line in done.stdout.splitlines()[1:3]]
     assert [line[:3] for line in lines] == [["FAIL" if returncode else "ok", "euros", "refused"], ["ok", "plain", "ok"]]
     assert returncode == 0 or "longer than 131072 bytes" in done.stdout
+
+
+async def test_no_more_requests_than_the_queue_holds_are_under_way() -> None:
+    verifier = SandboxVerifier(VerifierConfig(supervisors=1, queue=3))
+    try:
+        await verifier.start()
+        work = [asyncio.ensure_future(verifier.check(problem(), (), f"import math\nprint({i})")) for i in range(20)]
+        most = 0
+        while not all(request.done() for request in work):
+            most = max(most, len(verifier._links[0].held))
+            await asyncio.sleep(0)
+        assert [request.result().stdout for request in work] == [f"{i}\n" for i in range(20)]
+    finally:
+        await verifier.close()
+    assert most == 3
