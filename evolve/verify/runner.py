@@ -39,7 +39,7 @@ SAMPLE_S = 0.05
 """How often the memory of a node that runs is looked at."""
 
 NEAR = 0.75
-"""Part of a process's memory limit from which a kill of unknown cause is taken to be for its memory."""
+"""Part of the memory that a process may add to its server's from which a kill by nobody is taken to be for it."""
 
 
 class Runner:
@@ -220,7 +220,8 @@ class Runner:
             self._not_forked(node)
             return
         death = cause_of_death(node.pidfd, node.server.killed_for_memory())
-        if death.status == "infrastructure" and node.peak > NEAR * (node.server.settings.memory_mb << 20):
+        loaded, limit = resident_bytes(node.server.pid), node.server.settings.memory_mb << 20
+        if death.status == "infrastructure" and node.peak - loaded > NEAR * (limit - loaded):
             death = Death("oom", FOR_MEMORY, False)
         if death.certain:
             self._fail(node, death.status, death.message)
