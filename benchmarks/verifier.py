@@ -156,7 +156,7 @@ def floor(kind: str, root: str, step: str, count: int) -> tuple[float, float]:
 async def execute(verifier: SandboxVerifier, name: str, codes: tuple[str, ...], lane: bool = True) -> Verdict:
     """Execute without remembering."""
     kind = server_kind(codes)
-    verdict = await verifier.execute(name, codes, kind, prefix_keys(name, kind, codes), lane=lane)
+    verdict = await verifier.execute(name, codes, kind, prefix_keys(name, codes), lane=lane)
     if not verdict.ok:
         raise RuntimeError(f"{codes[-1]!r}: {verdict}")
     return verdict
@@ -240,7 +240,7 @@ async def overshoot(verifier: SandboxVerifier, count: int) -> float:
     worst = 0.0
     for i in range(count):
         codes = (f"# {i}\nwhile True: pass",)
-        keys = prefix_keys("spin", "light", codes)
+        keys = prefix_keys("spin", codes)
         verdict = await verifier.execute("spin", codes, "light", keys, cpu_s=limit, wall_s=5.0)
         worst = max(worst, verdict.cpu_s - limit)
     return worst

@@ -29,6 +29,12 @@ def split_steps(text: str) -> list[str]:
     return [step.strip("\n") for step in code.split(BOUNDARY) if step.strip()] or [""]
 
 
+def printable(text: str) -> str:
+    """`text` in ASCII: line ends stay, all else that would steer a terminal or that it may not show is escaped."""
+    plain = (c == "\n" or (c.isascii() and c.isprintable()) for c in text)
+    return "".join(c if keep else c.encode("unicode_escape").decode() for c, keep in zip(text, plain, strict=True))
+
+
 async def run_steps(name: str, steps: list[str]) -> int:
     """Run steps one after another; 1 when one fails."""
     verifier = SandboxVerifier(VerifierConfig(supervisors=1))
@@ -37,12 +43,13 @@ async def run_steps(name: str, steps: list[str]) -> int:
         for number, step in enumerate(steps):
             verdict = await verifier.check(problem, tuple(steps[:number]), step)
             where = f" line {verdict.line}" if verdict.line else ""
-            cause = "" if verdict.ok else f": {' '.join(filter(None, (verdict.exception, verdict.message)))}{where}"
-            timing = f"{verdict.cpu_s * 1e3:.1f} ms CPU, {verdict.wall_s * 1e3:.1f} ms"
-            print(f"step {number + 1}: {verdict.status}{cause} ({timing})")
+            said = printable(" ".join(filter(None, (verdict.exception, verdict.message)))).replace("\n", "\\n")
+            cause = "" if verdict.ok else f": {said}{where}"
+            notes = f"{verdict.cpu_s * 1e3:.1f} ms CPU, {verdict.wall_s * 1e3:.1f} ms"
+            notes += ", replayed" * verdict.replayed + ", not deterministic" * (not verdict.deterministic)
+            print(f"step {number + 1}: {verdict.status}{cause} ({notes})")
             if verdict.stdout:
-                text = verdict.stdout.encode("ascii", "backslashreplace").decode()
-                print(text.rstrip("\n") + (" …" if verdict.truncated else ""))
+                print(printable(verdict.stdout).rstrip("\n") + (" ..." if verdict.truncated else ""))
             if not verdict.ok:
                 return 1
     finally:

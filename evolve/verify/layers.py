@@ -160,7 +160,11 @@ def _mounts() -> list[str]:
         arguments += ["--perms", "0755", "--dir", parent]
     for option, source, inside in binds:
         arguments += [option, str(source), inside]
-    return [*arguments, "--dev", "/dev", "--remount-ro", "/dev", "--remount-ro", "/"]
+    # Not --dev: through its terminals, which anybody inside may make, nodes could hear of each other.
+    arguments += ["--perms", "0755", "--dir", "/dev"]
+    for name in ("null", "zero", "random", "urandom"):
+        arguments += ["--dev-bind", f"/dev/{name}", f"/dev/{name}"]
+    return [*arguments, "--remount-ro", "/"]
 
 
 def command(layers: Layers, kind: str, fd: int, memory_mb: int) -> list[str]:

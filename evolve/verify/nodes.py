@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from evolve.verify.deaths import Death
 from evolve.verify.lane import check_result
 from evolve.verify.server import ProtocolError, Server
 
@@ -29,11 +30,14 @@ class Node:
         "checked",
         "clock",
         "dead",
+        "fate",
         "forking",
         "job",
         "key",
         "memory",
         "parent",
+        "parent_cpu",
+        "peak",
         "pid",
         "pidfd",
         "server",
@@ -49,6 +53,12 @@ class Node:
         self.pid, self.pidfd, self.clock = 0, -1, 0
         self.forking = 0
         self.memory = 0
+        self.peak = 0
+        """Most memory that it was seen to use while it ran, bytes."""
+        self.parent_cpu = parent.cpu() if parent is not None else 0.0
+        """CPU seconds its parent had used when it was commanded to fork."""
+        self.fate: Death | None = None
+        """What a snapshot died of."""
         self.dead = False
         """Its channel has closed; why is not known yet."""
         self.started = time.monotonic()
@@ -81,6 +91,7 @@ class Job:
         "keys",
         "kind",
         "lane",
+        "lost",
         "merged",
         "verb",
         "wall_s",
@@ -91,7 +102,8 @@ class Job:
         self.kind: str = request["k"]
         self.verb: bytes = request["o"].encode()
         self.codes: list[str] = request["c"]
-        self.keys: list[str] = request["h"]
+        self.keys: list[str] = [f"{self.kind} {key}" for key in request["h"]]
+        """Names of the states after each of the codes, in a server of this kind."""
         self.cpu_s: float = request["cpu"]
         self.wall_s: float = request["wall"]
         self.lane = bool(request.get("a"))
@@ -100,6 +112,8 @@ class Job:
         self.merged = 0
         """First of the codes that the node now running was given; `index` is the last."""
         self.attempts = 0
+        self.lost: tuple[int, Death] | None = None
+        """Index of the step that was last lost to what may not be the code's doing, and how it was."""
         self.digests: list[tuple[int, str]] = []
         """Index and output digest of each step of the prefix that had to be run again."""
 
@@ -128,6 +142,15 @@ def private_bytes(pid: int) -> int:
     except (FileNotFoundError, ProcessLookupError):
         return 0
     return min(int(fields[7]), int(fields[21])) * PAGE
+
+
+def resident_bytes(pid: int) -> int:
+    """The memory a process uses, shared or not; 0 when it is gone."""
+    try:
+        with open(f"/proc/{pid}/statm", "rb") as file:  # noqa: PTH123 (hot path)
+            return int(file.read().split()[1]) * PAGE
+    except (FileNotFoundError, ProcessLookupError):
+        return 0
 
 
 def digest(text: str) -> str:

@@ -11,9 +11,19 @@ import socket
 import time
 from typing import TYPE_CHECKING
 
-from evolve.verify.deaths import cause_of_death
-from evolve.verify.nodes import LIVE, RUNNING, STARTING, Job, Node, digest, parse_result, process_parents
-from evolve.verify.server import ProtocolError, Server, ServerState, make_channel, pass_pidfds, receive
+from evolve.verify.deaths import FOR_MEMORY, Death, cause_of_death
+from evolve.verify.nodes import (
+    LIVE,
+    RUNNING,
+    STARTING,
+    Job,
+    Node,
+    digest,
+    parse_result,
+    process_parents,
+    resident_bytes,
+)
+from evolve.verify.server import FRAME, ProtocolError, Server, ServerState, make_channel, pass_pidfds, receive
 from evolve.verify.snapshots import Snapshots
 
 if TYPE_CHECKING:
@@ -21,6 +31,15 @@ if TYPE_CHECKING:
 
 GRACE_S = 0.02
 """How long after a node's death its server's death would have been noticed."""
+
+SWEEP_S = 0.1
+"""How long after a sweep that could not judge all processes there is another."""
+
+SAMPLE_S = 0.05
+"""How often the memory of a node that runs is looked at."""
+
+NEAR = 0.75
+"""Part of the memory that a process may add to its server's from which a kill by nobody is taken to be for it."""
 
 
 class Runner:
@@ -34,9 +53,21 @@ class Runner:
         self.live = Snapshots(snapshot_mb << 20, max(8, min(hard, 1 << 16) // 3 - 32))
         self.pids: dict[int, Node] = {}
         self.active: set[Node] = set()
+        self.sweep_at: float | None = None
+        """When to look again for processes that no node accounts for."""
 
-    def fork(self, job: Job, server: Server, parent: Node | None) -> None:
-        """Command a fork of `parent` (or of the server itself) to run the job's next step."""
+    def fork(self, job: Job, server: Server, parent: Node | None) -> bool:
+        """Command a fork of `parent` (or of the server itself) to run the job's next step.
+
+        False: it has so many commands that it takes no more now.
+        """
+        if job.merged < job.index:
+            packet = b"M" + json.dumps(job.codes[job.merged : job.index + 1]).encode()
+        else:
+            packet = job.verb + job.codes[job.index].encode("utf-8", "surrogatepass")
+        if len(packet) > FRAME:
+            self.owner.finish(job, "refused", {"m": f"a command is longer than {FRAME} bytes"}, 0.0, 0.0)
+            return True
         ours, theirs = make_channel()
         pass_pidfds(ours, True)
         node = Node(server, parent, job, ours)
@@ -47,21 +78,22 @@ class Runner:
             if parent.forking == 0:
                 parent.signal(signal.SIGCONT)
             parent.forking += 1
-        if job.merged < job.index:
-            packet = b"M" + json.dumps(job.codes[job.merged : job.index + 1]).encode()
-        else:
-            packet = job.verb + job.codes[job.index].encode("utf-8", "surrogatepass")
         self.active.add(node)
         self.owner.watch(ours, node)
         node.checked = node.started + min(job.wall_s, job.cpu_s + 2.0)
         server.permit(pid)
         try:
             socket.send_fds(source, [packet], [theirs.fileno()])
+        except BlockingIOError:
+            server.take_back(pid)
+            self.end(node)
+            return False
         except OSError as error:
             # The other end of `ours` closes now, which is taken as the node's death.
             self.owner.counts[f"fork_{errno.errorcode.get(error.errno or 0, 'failed')}"] += 1
         finally:
             theirs.close()
+        return True
 
     # ------------------------------------------------------------------ what nodes say
 
@@ -95,6 +127,7 @@ class Runner:
         except ProcessLookupError:
             # It ran and died before this: the code's doing, as its parent did fork. Of what, nobody can say.
             self._stop_parent(node)
+            node.server.forget(pid)
             node.state = RUNNING
             self._on_death(node)
             return
@@ -104,7 +137,7 @@ class Runner:
         self.pids[pid] = node
         job = node.job
         assert job is not None
-        node.checked = node.started + min(job.cpu_s, job.wall_s)
+        node.checked = node.started + min(job.cpu_s, job.wall_s, SAMPLE_S)
         self._stop_parent(node)
 
     def _stop_parent(self, node: Node) -> None:
@@ -124,6 +157,9 @@ class Runner:
         except ProtocolError as error:
             self._violation(node, str(error))
             return
+        if node.pid in node.server.sharing:
+            self._fail(node, "refused", "the code mapped memory that later steps would share with each other")
+            return
         self.active.discard(node)
         node.job = None
         status = body.pop("s")
@@ -141,9 +177,9 @@ class Runner:
 
     def _keep(self, node: Node) -> None:
         """Make a finished node a snapshot; evict the least recently used beyond the budget."""
-        previous = self.live.nodes.get(node.key)
-        if previous is not None:
-            self.end(previous)
+        if node.key in self.live.nodes:  # Its step was also a replayed prefix; the other may be being forked.
+            self.end(node)
+            return
         node.state = LIVE
         self.live.add(node)
         for candidate in self.live.surplus():
@@ -170,7 +206,7 @@ class Runner:
     def _on_death(self, node: Node) -> None:
         """A node's channel closed without our doing."""
         if node.state == LIVE:
-            node.server.killed_for_memory()
+            node.fate = cause_of_death(node.pidfd, node.server.killed_for_memory())
             self.end(node)
             return
         # Its server may be dying too, which is not the code's doing: judge when that would be known.
@@ -181,9 +217,32 @@ class Runner:
     def _judge_dead(self, node: Node) -> None:
         """A node died some time ago, and its server lives."""
         if node.state == STARTING:
-            self._lineage_failed(node, "crash", "the state to continue from died")
+            self._not_forked(node)
+            return
+        death = cause_of_death(node.pidfd, node.server.killed_for_memory())
+        loaded, limit = resident_bytes(node.server.pid), node.server.settings.memory_mb << 20
+        if death.status == "infrastructure" and node.peak - loaded > NEAR * (limit - loaded):
+            death = Death("oom", FOR_MEMORY, False)
+        if death.certain:
+            self._fail(node, death.status, death.message)
         else:
-            self._fail(node, *cause_of_death(node.pidfd, node.server.killed_for_memory()))
+            self._lose(node, death)
+
+    def _lose(self, node: Node, death: Death) -> None:
+        """End a node that was lost to what may not be the code's doing: its step is tried again.
+
+        When it was lost in the same way before, and that is more than the sandbox's failure, it is called that.
+        """
+        job = node.job
+        assert job is not None
+        loss = (job.index, death)
+        if death.status != "infrastructure" and job.lost == loss:
+            self._fail(node, death.status, death.message)
+            return
+        job.lost = loss
+        node.job = None
+        self.end(node)
+        self.owner.retry(job, death.message)
 
     def _fail(self, node: Node, status: str, message: str) -> None:
         """End a running node and report it."""
@@ -194,19 +253,39 @@ class Runner:
         self.end(node)
         self.owner.finish(job, status, {"m": message}, cpu, wall)
 
-    def _lineage_failed(self, node: Node, status: str, message: str) -> None:
-        """The parent did not fork: its fault when it is a node, the sandbox's when it is the server."""
+    def _not_forked(self, node: Node) -> None:
+        """A node was gone before it greeted, or the one to fork it is: the machine had no room, or the code did it."""
+        parent = node.parent
+        death = Death("infrastructure", "no process could be forked", False)
+        if parent is not None:
+            fate = parent.fate
+            idle = parent.forking > 0 and node.server.permits.get(parent.pid, 0) >= parent.forking
+            if idle or (fate is not None and fate.status == "crash"):
+                death = Death("crash", "the state to continue from died", False)
+            self.end(parent)
+        self._lose(node, death)
+        self.sweep()
+
+    def _not_greeted(self, node: Node) -> None:
+        """The parent did not fork in time: its fault where it ran on or slept, the machine's where it had to wait."""
         parent, job, server = node.parent, node.job, node.server
         assert job is not None
-        if parent is not None:
-            self.end(parent)
-            self._fail(node, status, message)
-        else:
+        if parent is None:
             node.job = None
             self.end(node)
             self.owner.drop_server(server)
-            self.owner.retry(job, f"the interpreter server did not fork: {message}")
+            self.owner.retry(job, "the interpreter server did not fork in time")
+        else:
+            busy = parent.cpu() - node.parent_cpu > 0.5 * job.cpu_s
+            states = {state for pid, above, state in process_parents() if self._forks_now(parent, pid, above)}
+            status = "timeout" if busy or states == {"S"} else "infrastructure"
+            self.end(parent)
+            self._lose(node, Death(status, "the state to continue from did not answer", False))
         self.sweep()
+
+    def _forks_now(self, parent: Node, pid: int, above: int) -> bool:
+        """Whether `pid`, child of `above`, is `parent` or a child of it that has not greeted."""
+        return pid == parent.pid or (above == parent.pid and pid not in self.pids)
 
     def _violation(self, node: Node, why: str) -> None:
         """A node broke the protocol: it and what it would leave behind are ended."""
@@ -231,8 +310,10 @@ class Runner:
             self.sweep()
 
     def check_limits(self) -> None:
-        """Kill what is over its CPU or wall time."""
+        """Kill what is over its CPU or wall time, and what an earlier sweep has left."""
         now = time.monotonic()
+        if self.sweep_at is not None and self.sweep_at <= now:
+            self.sweep()
         for node in [node for node in self.active if node.checked <= now]:
             job = node.job
             if job is None or node not in self.active:  # Ended with another one's server or lineage.
@@ -241,15 +322,16 @@ class Runner:
                 self._judge_dead(node)
                 continue
             if node.state == STARTING:
-                self._lineage_failed(node, "timeout", "the state to continue from did not answer")
+                self._not_greeted(node)
                 continue
             cpu, wall = node.cpu(), now - node.started
+            node.peak = max(node.peak, resident_bytes(node.pid))
             if cpu >= job.cpu_s:
                 self._fail(node, "timeout", f"more than {job.cpu_s:g} s of CPU time")
             elif wall >= job.wall_s:
                 self._fail(node, "timeout", f"more than {job.wall_s:g} s of wall time")
             else:
-                node.checked = now + max(0.001, min(job.cpu_s - cpu, job.wall_s - wall))
+                node.checked = now + max(0.001, min(job.cpu_s - cpu, job.wall_s - wall, SAMPLE_S))
 
     def end_all_of(self, server: Server) -> list[Job]:
         """End what runs and waits in `server`; the jobs that were running."""
@@ -263,26 +345,35 @@ class Runner:
         return held
 
     def sweep(self) -> None:
-        """Kill processes below this one that no node accounts for: a child that never greeted."""
-        known = {*self.pids, self.owner.lane.pid}
+        """Kill processes below this one that no node accounts for: a child that never greeted.
+
+        Those that cannot be told yet from a child about to greet, or a server's own, are left to the next sweep.
+        """
+        self.sweep_at = None
         parents = {pid: parent for pid, parent, _ in process_parents()}
+        known, warming, mine = {*self.pids, self.owner.lane.pid}, set(), os.getpid()
+        forking = {node.server.pid if node.parent is None else node.parent.pid for node in self.active if not node.pid}
         for server in self.owner.servers.values():
-            pid = server.pid or (server.process.pid if server.process else 0)
             if server.state is not ServerState.READY:
-                return  # Its processes cannot be told apart yet; the next sweep will.
-            while pid and pid != os.getpid():
+                warming.add(server.process.pid if server.process else 0)
+                continue
+            if self.owner.lane.starting:
+                forking.add(server.pid)
+            pid = server.pid
+            while pid and pid != mine:
                 known.add(pid)
                 pid = parents.get(pid, 0)
-        if self.owner.lane.starting or any(node.state == STARTING for node in self.active):
-            return
-        mine = os.getpid()
         for pid in parents:
-            ancestor = pid
-            while ancestor and ancestor != mine:
-                ancestor = parents.get(ancestor, 0)
-            if ancestor == mine and pid != mine and pid not in known:
-                try:
-                    os.kill(pid, signal.SIGKILL)
-                except ProcessLookupError:  # It was one of those just killed, and is gone.
-                    continue
-                self.owner.counts["strays"] += 1
+            line = [pid]
+            while line[-1] and line[-1] != mine:
+                line.append(parents.get(line[-1], 0))
+            if pid in known or pid == mine or line[-1] != mine:
+                continue
+            if parents[pid] in forking or not warming.isdisjoint(line):
+                self.sweep_at = time.monotonic() + SWEEP_S
+                continue
+            try:
+                os.kill(pid, signal.SIGKILL)
+            except ProcessLookupError:  # It was one of those just killed, and is gone.
+                continue
+            self.owner.counts["strays"] += 1

@@ -23,7 +23,7 @@ from evolve.types import Problem, Status, Verdict
 from evolve.verify.layers import Layers
 from evolve.verify.nodes import process_parents
 from evolve.verify.service import SandboxVerifier
-from evolve.verify.steps import prefix_keys, server_kind
+from evolve.verify.steps import prefix_keys, refusal, server_kind
 
 SECRET = "SECRET-4f1d7c"
 """Put into this process's environment: nothing inside may see it."""
@@ -125,10 +125,8 @@ class SelfTest:
         """Execute a step under its own limits; `spare`: how much more wall than CPU time."""
         codes = (*parent, step)
         kind = server_kind(codes)
-        keys = prefix_keys(problem.id, kind, codes)
-        if len(step) > 1 << 17:
-            return await self.verifier.check(problem, tuple(parent), step)
-        return await self.verifier.execute(problem.id, codes, kind, keys, limit, limit * spare)
+        keys = prefix_keys(problem.id, codes)
+        return refusal(codes) or await self.verifier.execute(problem.id, codes, kind, keys, limit, limit * spare)
 
     async def prepare(self, warm: int = 63) -> None:
         """Start everything, and leave a canary: a live state that must survive all that follows.

@@ -15,12 +15,13 @@ import subprocess
 import sys
 from dataclasses import dataclass, field
 from enum import Enum
+from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
 from evolve.verify import cgroups, layers
 from evolve.verify.layers import Layers
-from evolve.verify.seccomp import compile_filter, seccomp_syscall_number
+from evolve.verify.seccomp import compile_filter, syscall_number
 
 FRAME = 1 << 18
 """Longest packet on a channel, bytes."""
@@ -36,7 +37,7 @@ _buffer = bytearray(FRAME)
 _view = memoryview(_buffer)
 
 _NOTIF_RECV, _NOTIF_SEND = 0xC0502100, 0xC0182101
-_NOTIF_HEAD, _NOTIF_RESPONSE = struct.Struct("QI"), struct.Struct("QqiI")
+_NOTIF_HEAD, _NOTIF_RESPONSE = struct.Struct("QIIi"), struct.Struct("QqiI")
 _NOTIF_CONTINUE = 1
 
 
@@ -85,8 +86,11 @@ def receive(channel: socket.socket) -> Packet:
 
 
 def make_channel() -> tuple[socket.socket, socket.socket]:
-    """A socket pair whose first end is non-blocking and is told who sent each packet."""
+    """A socket pair whose first end is non-blocking and is told who sent each packet. Either sends `FRAME` bytes."""
     ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+    for end in (ours, theirs):
+        # The kernel doubles what is asked for, so that what net.core.wmem_max lets anybody have by default is enough.
+        end.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, FRAME)
     ours.setblocking(False)
     ours.setsockopt(socket.SOL_SOCKET, socket.SO_PASSCRED, 1)
     return ours, theirs
@@ -136,6 +140,9 @@ class Server:
     permits: dict[int, int] = field(default_factory=dict)
     """Forks commanded and not yet made, by process id."""
     strikes: dict[int, int] = field(default_factory=dict)
+    sharing: set[int] = field(default_factory=set)
+    """Processes that have mapped memory which those forked from them would share."""
+    mmap: int = field(default_factory=partial(syscall_number, "mmap"))
     process: subprocess.Popen[bytes] | None = None
     failures: int = 0
     """Starts in a row that did not end in READY."""
@@ -186,7 +193,7 @@ class Server:
             message = {
                 "ranges": _heap_ranges(pid),
                 "seccomp": confined,
-                "seccomp_nr": seccomp_syscall_number(),
+                "seccomp_nr": syscall_number("seccomp"),
                 "output_bytes": self.settings.output_bytes,
                 "cpu_s": self.settings.cpu_s,
             }
@@ -212,8 +219,15 @@ class Server:
         """Let process `pid` fork once."""
         self.permits[pid] = self.permits.get(pid, 0) + 1
 
-    def answer_fork(self) -> int:
-        """Answer one notification: a commanded fork proceeds, any other fails with EPERM.
+    def take_back(self, pid: int) -> None:
+        """Process `pid` is not to fork after all."""
+        if self.permits.get(pid, 0) > 1:
+            self.permits[pid] -= 1
+        else:
+            self.permits.pop(pid, None)
+
+    def answer(self) -> int:
+        """Answer one notification: a commanded fork proceeds, any other fails with EPERM; a shared mapping is noted.
 
         Returns the id of a process to be killed for insisting, else 0.
         """
@@ -224,9 +238,12 @@ class Server:
             if error.errno in (errno.ENOENT, errno.EAGAIN, errno.EINTR):
                 return 0
             raise
-        notification, pid = _NOTIF_HEAD.unpack_from(request)
+        notification, pid, _, call = _NOTIF_HEAD.unpack_from(request)
+        mapping = call == self.mmap
         permitted = self.permits.get(pid, 0)
-        if permitted:
+        if mapping:
+            self.sharing.add(pid)
+        if permitted or mapping:
             response = _NOTIF_RESPONSE.pack(notification, 0, 0, _NOTIF_CONTINUE)
         else:
             response = _NOTIF_RESPONSE.pack(notification, 0, -errno.EPERM, 0)
@@ -236,11 +253,10 @@ class Server:
             if error.errno == errno.ENOENT:  # The process was interrupted or died: it is not forking now.
                 return 0
             raise
+        if mapping:
+            return 0
         if permitted:
-            if permitted == 1:
-                del self.permits[pid]
-            else:
-                self.permits[pid] = permitted - 1
+            self.take_back(pid)
             return 0
         self.strikes[pid] = self.strikes.get(pid, 0) + 1
         return pid if self.strikes[pid] >= STRIKES else 0
@@ -249,6 +265,7 @@ class Server:
         """Process `pid` is gone."""
         self.permits.pop(pid, None)
         self.strikes.pop(pid, None)
+        self.sharing.discard(pid)
 
     def killed_for_memory(self) -> bool | None:
         """Whether the kernel killed one more process of this server for memory than is accounted for; None: unknown.
@@ -293,6 +310,7 @@ class Server:
         self.pid = self.init = self.oom_kills = 0
         self.permits.clear()
         self.strikes.clear()
+        self.sharing.clear()
 
 
 def _parent(pid: int) -> int:

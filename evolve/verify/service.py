@@ -204,7 +204,7 @@ class SandboxVerifier:
             self._counts["refused"] += 1
             return refused
         kind = server_kind(codes)
-        keys = prefix_keys(problem.id, kind, codes)
+        keys = prefix_keys(problem.id, codes)
         key = keys[-1]
         known = self._verdicts.get(key)
         if known is not None:
@@ -223,7 +223,7 @@ class SandboxVerifier:
                 self._running.pop(key, None)
             else:
                 task.add_done_callback(lambda _: self._running.pop(key, None))
-        if verdict.status in (Status.OK, Status.ERROR):
+        if verdict.status is Status.OK or (verdict.status is Status.ERROR and verdict.deterministic):
             _remember(self._verdicts, key, verdict)
         return verdict
 
@@ -263,8 +263,12 @@ class SandboxVerifier:
             cpu_s=response["cpu"],
             wall_s=response["wall"],
         )
-        replayed = response.get("d")
-        if replayed:
+        replayed = response.get("d", ())
+        if response.get("p"):
+            # Only steps that were ok have others after them: this one's prefix is not what it was.
+            verdict = replace(verdict, replayed=True, deterministic=False)
+            self._counts["nondeterministic"] += 1
+        elif replayed:
             changed = any(self._digests.get(keys[i], found) != found for i, found in replayed)
             verdict = replace(verdict, replayed=True, deterministic=not changed)
             self._counts["nondeterministic"] += changed

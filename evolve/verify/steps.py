@@ -74,9 +74,9 @@ def looks_plain(code: str) -> bool:
     return len(code) <= 2000 and not _NOT_PLAIN.search(_COMMENT.sub("", code))
 
 
-def prefix_keys(problem_id: str, kind: str, codes: Sequence[str]) -> list[str]:
-    """The name of the interpreter state after each code of `codes`."""
-    state = blake2b(f"{kind}\0{problem_id}".encode("utf-8", "surrogatepass"), digest_size=16).digest()
+def prefix_keys(problem_id: str, codes: Sequence[str]) -> list[str]:
+    """The name of the state after each code of `codes`, whichever interpreter it is in."""
+    state = blake2b(problem_id.encode("utf-8", "surrogatepass"), digest_size=16).digest()
     keys = []
     for code in codes:
         state = blake2b(state + code.encode("utf-8", "surrogatepass"), digest_size=16).digest()

@@ -20,11 +20,14 @@ from evolve.verify.lane import Lane
 from evolve.verify.layers import Layers
 from evolve.verify.nodes import Job, Node
 from evolve.verify.runner import Runner
-from evolve.verify.server import ProtocolError, Server, ServerSettings, ServerState
+from evolve.verify.server import FRAME, ProtocolError, Server, ServerSettings, ServerState
 from evolve.verify.wire import Wire
 
 ATTEMPTS = 3
 """How often a request is tried before its failure is called the sandbox's own."""
+
+MERGED_CHARS = FRAME // 16
+"""Most characters of codes that are run in one go: JSON makes up to 12 bytes of one."""
 
 BASE_MB = 512
 """Memory of an interpreter server without its nodes, generously."""
@@ -75,8 +78,7 @@ class Supervisor:
     def _patience(self) -> float | None:
         """Seconds until the first limit may be reached; None: nothing is running."""
         deadlines = [node.checked for node in self.runner.active]
-        if self.lane.deadline is not None:
-            deadlines.append(self.lane.deadline)
+        deadlines += [at for at in (self.lane.deadline, self.runner.sweep_at) if at is not None]
         return max(0.0, min(deadlines) - time.monotonic()) if deadlines else None
 
     def _dispatch(self, fd: int) -> None:
@@ -121,25 +123,31 @@ class Supervisor:
                 self.lane.waiting.append(job)
                 continue
             server = self.server(job.kind)
-            if server.state is not ServerState.READY:
+            if server.state is not ServerState.READY or not self._place(job, server):
                 waiting.append(job)
-            else:
-                self._place(job, server)
         self.ready.extendleft(reversed(waiting))
 
-    def _place(self, job: Job, server: Server) -> None:
-        """Continue `job` from its deepest live ancestor."""
+    def _place(self, job: Job, server: Server) -> bool:
+        """Continue `job` from its deepest live ancestor; False: when that has taken up the commands it has."""
         parent, start = self.runner.live.deepest(job.keys[:-1]) if job.verb == b"C" else (None, 0)
         job.index = job.merged = start
+        room = MERGED_CHARS - len(job.codes[start])
         while job.index < job.last - 1 and job.keys[job.index] in self.lane.done:
+            room -= len(job.codes[job.index + 1])
+            if room < 0:
+                break
             job.index += 1
         if start < job.last:
             waiters = self.building.get(job.keys[job.index])
             if waiters is not None:
                 waiters.append(job)
-                return
+                return True
             self.building[job.keys[job.index]] = []
-        self.runner.fork(job, server, parent)
+        if self.runner.fork(job, server, parent):
+            return True
+        if start < job.last:
+            del self.building[job.keys[job.index]]
+        return False
 
     def resume(self, job: Job) -> None:
         """A step of a job's prefix was run again: on to the next, for it and for those that waited."""
@@ -147,12 +155,19 @@ class Supervisor:
         self.ready.appendleft(job)
 
     def finish(self, job: Job, status: str, body: dict[str, Any], cpu: float, wall: float) -> None:
-        """Send a job's verdict; wake those that waited for a step it was building."""
+        """Send a job's verdict; wake those that waited for a step it was building.
+
+        A step of the prefix, which was ok once, that now does not keep its limits is no verdict on the last: it is run
+        once more.
+        """
         if job.index < job.last:
+            message = f"step {job.index + 1} of the prefix failed when run again: {body.get('m', '')}"
+            if status in ("timeout", "oom", "crash"):
+                job.attempts = max(job.attempts, ATTEMPTS - 2)
+                self.retry(job, message)
+                return
             self._wake(job.keys[job.index])
-            if status != "infrastructure":
-                body["m"] = f"step {job.index + 1} of the prefix failed when run again: {body.get('m', '')}"
-                body["l"] = None
+            body.update(m=message, l=None, p=True)
         self.counts["executions" if job.verb == b"C" else "gradings"] += 1
         self.counts[status] += 1
         replayed = bool(job.digests)
@@ -193,7 +208,7 @@ class Supervisor:
 
     def _on_server(self, server: Server, fd: int) -> None:
         if fd == server.listener:
-            pid = server.answer_fork()
+            pid = server.answer()
             if pid:
                 self.runner.insisted(server, pid)
             return

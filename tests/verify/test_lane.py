@@ -44,7 +44,7 @@ async def test_the_lane_gives_what_a_process_gives(verifier: SandboxVerifier, pr
         for depth in range(1, len(program) + 1):
             codes = program[:depth]
             verdicts = [
-                await verifier.execute(name, codes, "light", prefix_keys(name, "light", codes), lane=lane)
+                await verifier.execute(name, codes, "light", prefix_keys(name, codes), lane=lane)
                 for name, lane in ((lane_id, True), (alone_id, False))
             ]
             seen = [(v.status, v.stdout, v.exception, v.message, v.line, v.truncated) for v in verdicts]

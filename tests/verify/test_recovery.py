@@ -148,3 +148,39 @@ def _has_ancestor(pid: int, ancestor: int) -> bool:
         if pid == ancestor:
             return True
     return False
+
+
+async def test_the_memory_of_large_arrays_counts(verifier: SandboxVerifier) -> None:
+    before = (await verifier.stats()).get("snapshot_bytes", 0)
+    assert (await verifier.check(problem(), (), "import numpy\nlarge = numpy.ones(5 * 10**6)")).ok
+    assert (await verifier.stats())["snapshot_bytes"] - before > 40e6
+
+
+async def test_a_prefix_that_is_replayed_in_another_interpreter_is_compared(verifier: SandboxVerifier) -> None:
+    p, root = problem(), "import time\nprint(time.time_ns())"
+    assert (await verifier.check(p, (), root)).ok
+    later = await verifier.check(p, (root,), "import sympy\nprint(1)")
+    assert (later.stdout, later.replayed, later.deterministic) == ("1\n", True, False)
+    same = problem()
+    assert (await verifier.check(same, (), "print(0.5)")).ok
+    later = await verifier.check(same, ("print(0.5)",), "import sympy\nprint(1)")
+    assert (later.replayed, later.deterministic) == (True, True)
+
+
+@pytest.mark.parametrize(
+    ("failure", "status"), [("raise ValueError('now')", Status.ERROR), ("while True: pass", Status.INFRASTRUCTURE)]
+)
+async def test_a_replay_that_fails_is_not_laid_to_the_new_step(failure: str, status: Status) -> None:
+    verifier = SandboxVerifier(VerifierConfig(supervisors=1, cpu_s=0.3))
+    try:
+        p, root = problem(), f"import sys\nif 'numpy' in sys.modules:\n    {failure}"
+        assert (await verifier.check(p, (), root)).ok
+        verdict = await verifier.check(p, (root,), "import numpy")
+        again = await verifier.check(p, (root,), "import numpy")
+        repeated = (await verifier.stats()).get("repeated", 0)
+    finally:
+        await verifier.close()
+    assert (verdict.status, again.status, repeated) == (status, status, 0)
+    assert "step 1 of the prefix" in verdict.message
+    if status is Status.ERROR:
+        assert (verdict.replayed, verdict.deterministic) == (True, False)

@@ -2,8 +2,7 @@
 """What executing a step promises: state, isolation from siblings, typed verdicts, limits."""
 
 import asyncio
-import os
-import signal
+import json
 import subprocess
 import sys
 import textwrap
@@ -13,11 +12,9 @@ import pytest
 
 from evolve.schema import VerifierConfig
 from evolve.types import Status, Verdict
-from evolve.verify.layers import detect, without
-from evolve.verify.selftest import descendants
 from evolve.verify.service import SandboxVerifier
 from evolve.verify.steps import prefix_keys
-from tests.verify.support import early_deaths_are_known, exit_status_is_known, problem
+from tests.verify.support import early_deaths_are_known, problem
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
 REPOSITORY = Path(__file__).parents[2]
@@ -96,7 +93,7 @@ async def test_output_is_capped_in_bytes_and_flagged(verifier: SandboxVerifier) 
 async def test_spinning_and_sleeping_end_at_their_limits(verifier: SandboxVerifier) -> None:
     async def run(code: str, cpu_s: float, wall_s: float) -> Verdict:
         name = problem().id
-        return await verifier.execute(name, (code,), "light", prefix_keys(name, "light", (code,)), cpu_s, wall_s)
+        return await verifier.execute(name, (code,), "light", prefix_keys(name, (code,)), cpu_s, wall_s)
 
     spin = await run("while True:\n    pass", 0.3, 60.0)
     sleep = await run("import time\ntime.sleep(60)", 5.0, 0.3)
@@ -110,30 +107,6 @@ async def test_spinning_and_sleeping_end_at_their_limits(verifier: SandboxVerifi
 async def test_memory_is_limited(verifier: SandboxVerifier) -> None:
     verdict = await verifier.check(problem(), (), "x = []\nwhile True:\n    x.append(b'a' * 10**7)")
     assert (verdict.status, verdict.exception) == (Status.ERROR, "MemoryError")
-
-
-async def test_a_step_that_the_kernel_kills_for_its_memory_is_called_so() -> None:
-    verifier = SandboxVerifier(VerifierConfig(supervisors=1), without(detect(), "cgroup"))
-    try:
-        p, root = problem(), "a = [7]"
-        await verifier.check(p, (), root)
-        before = set(descendants())
-        slow = asyncio.ensure_future(verifier.check(p, (root,), "import time\ntime.sleep(5)"))
-        new: list[int] = []
-        while not new:
-            await asyncio.sleep(0.02)
-            new = [pid for pid, state in descendants().items() if pid not in before and state == "S"]
-        # Nothing but the out-of-memory killer sends SIGKILL from outside: this stands in for it.
-        os.kill(new[0], signal.SIGKILL)
-        verdict = await slow
-        after = await verifier.check(p, (root,), "print(a)")
-    finally:
-        await verifier.close()
-    if exit_status_is_known():
-        assert (verdict.status, "memory" in verdict.message) == (Status.OOM, True)
-    else:
-        assert verdict.status is Status.CRASH
-    assert after.stdout == "[7]\n"
 
 
 @pytest.mark.parametrize(
@@ -174,3 +147,50 @@ async def test_the_command_line_runs_a_files_steps(tmp_path: Path) -> None:
         "7",
         "step 3: error: ZeroDivisionError division by zero line 1",
     ]
+
+
+async def test_the_flags_of_the_sandboxs_own_code_are_not_a_steps(verifier: SandboxVerifier) -> None:
+    code = "class A:\n    x: int\nprint(A.__annotations__)\nprint(eval('1 + 1'))"
+    assert (await verifier.check(problem(), (), code)).stdout == "{'x': <class 'int'>}\n2\n"
+
+
+def verify(file: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "evolve.verify", *arguments, str(file)]
+    return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
+
+
+async def test_the_command_line_escapes_what_a_step_says(tmp_path: Path) -> None:
+    file = tmp_path / "steps.py"
+    file.write_text("print('\\x1b[2J\\0é')\n<end_of_step>\nraise ValueError('\\ud800\\x1b\\nstep 3: ok')")
+    done = await asyncio.to_thread(verify, file)
+    assert (done.returncode, done.stderr) == (1, "")
+    lines = [line.split(" (")[0] for line in done.stdout.splitlines()]
+    said = "\\ud800\\x1b\\nstep 3: ok"
+    assert lines == ["step 1: ok", "\\x1b[2J\\x00\\xe9", f"step 2: error: ValueError {said} line 1"]
+
+
+@pytest.mark.parametrize(("status", "returncode"), [("refused", 0), ("ok", 1)])
+async def test_the_self_test_runs_a_given_file_and_fails_with_it(tmp_path: Path, status: str, returncode: int) -> None:
+    file = tmp_path / "snippets.json"
+    long = {"name": "euros", "code": f"# {'€' * 100_000}", "expect": {"status_in": [status]}}
+    file.write_text(json.dumps([long, {"name": "plain", "code": "print(1)", "expect": {"status_in": ["ok"]}}]))
+    done = await asyncio.to_thread(verify, file, "--self-test", "--snippets")
+    assert done.returncode == returncode, done.stderr
+    lines = [line.split() for line in done.stdout.splitlines()[1:3]]
+    assert [line[:3] for line in lines] == [["FAIL" if returncode else "ok", "euros", "refused"], ["ok", "plain", "ok"]]
+    assert returncode == 0 or "longer than 131072 bytes" in done.stdout
+
+
+async def test_no_more_requests_than_the_queue_holds_are_under_way() -> None:
+    verifier = SandboxVerifier(VerifierConfig(supervisors=1, queue=3))
+    try:
+        await verifier.start()
+        work = [asyncio.ensure_future(verifier.check(problem(), (), f"import math\nprint({i})")) for i in range(20)]
+        most = 0
+        while not all(request.done() for request in work):
+            most = max(most, len(verifier._links[0].held))
+            await asyncio.sleep(0)
+        assert [request.result().stdout for request in work] == [f"{i}\n" for i in range(20)]
+    finally:
+        await verifier.close()
+    assert most == 3
