@@ -93,7 +93,7 @@ class Verdict:
     replayed: bool = False
     """The prefix had been evicted and was executed again to get here."""
     deterministic: bool = True
-    """False when a replayed prefix did not print what it had printed before."""
+    """False when a replayed prefix did not print what it had printed before, or failed."""
 
     @property
     def ok(self) -> bool:

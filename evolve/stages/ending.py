@@ -6,11 +6,14 @@ it too. Calls to a Ray that is gone would hang for a minute, and then end the pr
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
 import sys
 import threading
 from collections.abc import Callable
+
+import psutil
 
 from evolve import cluster
 from evolve.errors import EvolveError
@@ -52,6 +55,8 @@ class Lifeline:
         """`last_act` is called before the end; `safe` says what is kept."""
         self._last_act, self._safe = last_act, safe
         self._head = cluster.joined_head()
+        self._daemons = [] if self._head else psutil.Process().children(recursive=True)
+        """Of the Ray that was started; some of them outlive the others by a minute."""
         self._missed = 0
         self._cut = threading.Event()
         self._thread = threading.Thread(target=self._look, name="lifeline", daemon=True)
@@ -85,4 +90,7 @@ class Lifeline:
                 if said:
                     print(said, file=sys.stderr, flush=True)
         finally:
+            for daemon in self._daemons:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    daemon.kill()
             os._exit(128 + _told if _told else 1)

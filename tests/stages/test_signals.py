@@ -92,7 +92,9 @@ def test_a_run_ends_with_the_ray_it_has_started(whole: bool, tmp_path: Path) -> 
     else:
         [gcs] = [daemon for daemon in daemons if "gcs_server" in daemon.name()]
         gcs.kill()
-    assert process.wait(45) == (128 + signal.SIGTERM if whole else 1), "Ray itself gives up after a minute"
+    # A call to a Ray that is gone already keeps Python from hearing of the signal.
+    expected = {1, 128 + signal.SIGTERM} if whole else {1}
+    assert process.wait(45) in expected, "Ray itself gives up after a minute"
     assert (tmp_path / "released").exists()
     said = process.stderr.read()
     assert "gcs_server" in said
