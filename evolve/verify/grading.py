@@ -16,7 +16,7 @@ import re
 from collections.abc import Sequence
 
 from evolve.verify.formulas import formulas_equal
-from evolve.verify.notation import FORMULA_WORDS, WORDS, normalise, units_differ
+from evolve.verify.notation import FORMULA_WORDS, WORDS, normalise, take_unit, units_differ
 from evolve.verify.numerals import group_by, numbers_equal, quick_equiv, read_number
 from evolve.verify.structure import NAMED, Tree, structure
 
@@ -75,7 +75,10 @@ def _equal(a: Tree, b: Tree) -> bool:
 
 
 def _values_equal(a: str, b: str) -> bool:
-    """Single values: numbers, choices, words, numerals in a base, assignments, expressions."""
+    """Single values: numbers, choices, words, numerals in a base, assignments, expressions; each may have a unit."""
+    (a, one), (b, other) = take_unit(a), take_unit(b)
+    if units_differ(one, other):
+        return False
     first, second = read_number(a), read_number(b)
     if first and second:
         return numbers_equal(first, second)
