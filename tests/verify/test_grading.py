@@ -14,7 +14,9 @@ from evolve.schema import VerifierConfig
 from evolve.types import Outcome, Problem
 from evolve.verify.grading import equiv, group
 from evolve.verify.notation import extract_answer
-from evolve.verify.service import SandboxVerifier
+from evolve.verify.numerals import LONGEST
+from evolve.verify.service import GradingUnavailable, SandboxVerifier, packets
+from evolve.verify.steps import CODE_BYTES
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 
@@ -219,6 +221,53 @@ async def test_a_comparison_that_hangs_is_an_outcome_of_its_own(verifier: Sandbo
     assert outcome is Outcome.TIMEOUT
     assert time.monotonic() - started < 8
     assert await verifier.grade(Problem("p", "q", ("\\sqrt{4}",)), "2") is Outcome.CORRECT
+
+
+@pytest.mark.asyncio(loop_scope="module")
+@pytest.mark.parametrize(
+    "answer", ["2*(x+1", "sqrt(3", "sqrt(3))", "1/0*sqrt(2)", "sqrt(2)**", "x\\foo{", "\ud800*\x00"]
+)
+async def test_what_is_no_formula_is_wrong(verifier: SandboxVerifier, answer: str) -> None:
+    assert await verifier.grade(Problem("p", "q", ("x/2",)), answer) is Outcome.WRONG
+    assert await verifier.grade(Problem("p", "q", (answer,)), answer) is Outcome.CORRECT
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_long_answers_are_graded_and_grouped_and_break_nothing(verifier: SandboxVerifier) -> None:
+    before = (await verifier.stats()).get("server_restarts", 0)
+    longer = [f"{i}" + "x" * 16_000 for i in range(20)]
+    padded = [" " * 300_000 + text for text in ("1/2", "0.50", "\\frac{1}{2}", "\\frac 24")]
+    assert await verifier.group([*longer, *padded, longer[3]]) == [*range(20), 20, 20, 20, 20, 3]
+    assert await verifier.grade(Problem("p", "q", (longer[0], padded[2])), padded[3]) is Outcome.CORRECT
+    many = [f"{i}" + "\x01" * (LONGEST - 100) for i in range(40)]
+    assert await verifier.group([*many, "\\sqrt{4}", "2"]) == [*range(40), 40, 40]
+    assert (await verifier.stats()).get("server_restarts", 0) == before
+
+
+def test_packets_hold_everything_in_order_and_none_is_too_large() -> None:
+    pairs = [[str(i), "\U0001d400\ud800\x00" * (i * 9 % LONGEST)] for i in range(100)]
+    made = packets(pairs)
+    assert [pair for packet in made for pair in packet] == pairs
+    sizes = [len(json.dumps(packet, ensure_ascii=False).encode("utf-8", "surrogatepass")) for packet in made]
+    assert max(sizes) <= CODE_BYTES
+    assert len(sizes) > 2
+    assert packets([]) == [[]]
+
+
+@pytest.mark.asyncio
+async def test_answers_that_the_sandbox_cannot_compare_are_neither_wrong_nor_distinct(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def refuse(self: SandboxVerifier, problem_id: str, fields: dict[str, object]) -> dict[str, object]:
+        return {"s": "infrastructure", "m": "no server starts", "cpu": 0.0, "wall": 0.0}
+
+    monkeypatch.setattr(SandboxVerifier, "_request", refuse)
+    verifier = SandboxVerifier(VerifierConfig(supervisors=1))
+    with pytest.raises(GradingUnavailable, match="no server starts"):
+        await verifier.group(["x", "2x", "3x"])
+    assert await verifier.group(["1", "1.0"]) == [0, 0]
+    assert await verifier.grade(Problem("p", "q", ("x", "y")), "2x") is Outcome.INFRASTRUCTURE
+    assert await verifier.grade(Problem("p", "q", ("x", "y")), "y") is Outcome.CORRECT
 
 
 @pytest.mark.asyncio(loop_scope="module")
