@@ -7,6 +7,7 @@ import re
 from functools import lru_cache
 
 from evolve.verify.numerals import read_number
+from evolve.verify.printed import from_printed
 
 
 def extract_answer(text: str) -> str | None:
@@ -157,7 +158,7 @@ def normalise(text: str) -> tuple[str, str]:
         unit = _MONEY[money[1]] + (unit if unit.startswith("/") else "")
     text = re.sub(r"(?<=\d)\s*\\%$", "%", text)
     text = re.sub(r"^([+-]) (?=\d)", r"\1", text)
-    return text, unit
+    return from_printed(text), unit
 
 
 def take_unit(text: str) -> tuple[str, str]:
