@@ -179,8 +179,8 @@ def take_unit(text: str) -> tuple[str, str]:
     number, gap, tail, power = match.groups()
     words = re.sub(r"(?:^| )per | ?/ ?", "/", tail).split()
     lower = [word.lower().rstrip(".") for word in words]
-    # Inches: a formula does not end with "in".
-    if FORMULA_WORDS & set(lower[:-1]) or (lower[-1] in FORMULA_WORDS and lower[-1] != "in"):
+    # Inches and cups: a formula does not end with "in" or "cup".
+    if FORMULA_WORDS & set(lower[:-1]) or (lower[-1] in FORMULA_WORDS and lower[-1] not in ("in", "cup")):
         return text, ""
     if lower[0] in ("percent", "percentage"):
         return number + "%", ""
