@@ -78,6 +78,13 @@ def near_misses(gold: str) -> Iterator[str]:
     if re.fullmatch(r"[(\[][^()\[\]{}]*,[^()\[\]{}]*[)\]]", gold) and gold[0] + gold[-1] != "()":
         yield ("(" if gold[0] == "[" else "[") + gold[1:]
         yield gold[:-1] + (")" if gold[-1] == "]" else "]")
+    if re.search(r"[1-9]\d*[})]*$", gold) and not re.search("mbox|text|_", gold):
+        for letters in ("t", "h", " ab", " xy"):
+            yield gold + letters
+    if re.fullmatch(_PLAIN, gold) and re.search("[1-9]", gold):
+        for word in ("million", "dozen", "squared", "thirds", "PM", "or three"):
+            yield f"{gold} {word}"
+            yield f"{gold}\\text{{ {word}}}"
     tuple_ = re.fullmatch(r"(\\left)?\((.*?)(\\right)?\)", gold)
     parts = [part.strip() for part in tuple_[2].split(",")] if tuple_ else []
     if len(parts) > 1 and parts[0] != parts[1] and all(p.count("(") == p.count(")") for p in parts):

@@ -11,6 +11,8 @@ from evolve.verify.notation import FUNCTIONS
 _PYTHON = re.compile(rf"\*|(?<![A-Za-z\\])(?:{'|'.join(sorted(FUNCTIONS))})\(|(?<![A-Za-z\\])(?:pi|oo|I)(?![A-Za-z])")
 _TOKENS = re.compile(r"\s*(?:\d+(?:\.\d*)?|\.\d+|[A-Za-z]+|\*\*|[-+*/^(),=<>])")
 _NAMES = FUNCTIONS | {"pi", "oo", "I", "E"}
+_APART = re.compile(r"\d (?!\d{3}(?!\d))\d++(?!\s*/)")
+"""Two numbers side by side, neither groups of digits nor a mixed number; math-verify adds them up."""
 
 
 def _python_to_latex(text: str) -> str | None:
@@ -43,8 +45,22 @@ def _python_to_latex(text: str) -> str | None:
             evaluate=True,
         )
         return str(sympy.latex(parsed))
-    except (SyntaxError, TypeError, ValueError, AttributeError, RecursionError):
+    except Exception:  # Of an unfinished expression, tokenize.TokenError; of others, whatever sympy runs into.
         return None
+
+
+@lru_cache(maxsize=1)
+def _reading() -> tuple[Any, ...]:
+    """How math-verify reads a formula: as LaTeX, all of it.
+
+    Its defaults also take trailing letters for units (2t is 2), and the last number for what it cannot read.
+    """
+    from math_verify.parser import LatexExtractionConfig, NormalizationConfig
+
+    normalization = NormalizationConfig(
+        basic_latex=True, units=False, malformed_operators=True, nits=True, boxed="all", equations=False
+    )
+    return (LatexExtractionConfig(normalization_config=normalization),)
 
 
 @lru_cache(maxsize=1 << 10)
@@ -52,9 +68,11 @@ def _parsed(text: str) -> tuple[Any, ...]:
     """What math-verify reads in a formula: expressions, then the text itself."""
     import math_verify
 
+    if _APART.search(text):
+        return ()
     # math-verify sees the imaginary unit only where it stands alone.
     latex = re.sub(r"(?<=\d)i(?![A-Za-z])", " i", _python_to_latex(text) or text)
-    return tuple(math_verify.parse(f"${latex}$", parsing_timeout=None))
+    return tuple(math_verify.parse(f"${latex}$", _reading(), parsing_timeout=None))
 
 
 @lru_cache(maxsize=1 << 10)
@@ -70,14 +88,17 @@ def _fingerprint(text: str) -> complex | None:
         }
         try:
             value = complex(parsed.subs(points).evalf(15))
-        except (TypeError, ValueError, ArithmeticError, AttributeError, RecursionError):
+        except Exception:
             return None
         return value if value == value and abs(value) < 1e300 else None
     return None
 
 
 def formulas_equal(a: str, b: str) -> bool:
-    """Formulas, compared by math-verify in both directions, after a numerical look that tells most apart."""
+    """Formulas, compared by math-verify in both directions, after a numerical look that tells most apart.
+
+    What it cannot compare is unequal: the text may be anything.
+    """
     import math_verify
 
     first, second = _fingerprint(a), _fingerprint(b)

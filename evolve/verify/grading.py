@@ -16,10 +16,14 @@ import re
 from collections.abc import Sequence
 
 from evolve.verify.formulas import formulas_equal
-from evolve.verify.notation import FORMULA_WORDS, WORDS, normalise, units_differ
+from evolve.verify.notation import FORMULA_WORDS, WORDS, normalise, take_unit, units_differ
 from evolve.verify.numerals import group_by, numbers_equal, quick_equiv, read_number
+from evolve.verify.printed import has_relation, solutions
 from evolve.verify.structure import NAMED, Tree, structure
 
+_CHOICE = re.compile(r"\(([A-Z])\)|(?:[Oo]ption|[Cc]hoice) \(?([A-Za-z])\)?")
+_LABELLED = re.compile(r"\(([A-Z])\) (?![A-Z]\b)(?:[\w.]|\\(?:frac|sqrt|pi)).*")
+"""A choice with what it says."""
 _UNORDERED = frozenset({"list", "set"})
 
 
@@ -59,11 +63,16 @@ def _equal(a: Tree, b: Tree) -> bool:
         return _match(_distinct(a.items), _distinct(b.items), ordered=False)
     if "list" in kinds and "()" in kinds:
         return _match(a.items, b.items, ordered=True)
+    if kinds == {"[]", "()"} and len(a.items) != 2:  # Two might be an interval's ends.
+        return _match(a.items, b.items, ordered=True)
     if "[]" in kinds and kinds & _UNORDERED:
         return _match(a.items, b.items, ordered=False)
     if "matrix" in kinds and kinds & {"()", "[]", "list"}:
         matrix, other = (a, b) if a.kind == "matrix" else (b, a)
         cells = [cell for row in matrix.items for cell in row.items]
+        if all(item.kind in ("()", "[]") for item in other.items):
+            rows = zip(matrix.items, other.items, strict=False)
+            return len(matrix.items) == len(other.items) and all(_match(x.items, y.items, True) for x, y in rows)
         flat = len(matrix.items) == 1 or all(len(row.items) == 1 for row in matrix.items)
         return flat and _match(cells, other.items, ordered=True)
     for one, other in ((a, b), (b, a)):
@@ -75,7 +84,10 @@ def _equal(a: Tree, b: Tree) -> bool:
 
 
 def _values_equal(a: str, b: str) -> bool:
-    """Single values: numbers, choices, words, numerals in a base, assignments, expressions."""
+    """Single values: numbers, choices, words, numerals in a base, assignments, expressions; each may have a unit."""
+    (a, one), (b, other) = take_unit(a), take_unit(b)
+    if units_differ(one, other):
+        return False
     first, second = read_number(a), read_number(b)
     if first and second:
         return numbers_equal(first, second)
@@ -89,6 +101,9 @@ def _values_equal(a: str, b: str) -> bool:
             return labels[0] == labels[1] and equiv(bodies[0], bodies[1])
         if "=" not in bodies[0] + bodies[1]:
             return equiv(bodies[0], bodies[1])
+    chosen = _same_choice(a, b)
+    if chosen is not None:
+        return chosen
     words = [_words(text) for text in (a, b)]
     if words[0] is not None or words[1] is not None:
         return words[0] == words[1]
@@ -97,6 +112,21 @@ def _values_equal(a: str, b: str) -> bool:
         digits = [m[1] if m else text for text, m in zip((a, b), bases, strict=True)]
         return digits[0] == digits[1] and (not all(bases) or bases[0][2] == bases[1][2])  # type: ignore[index]
     return formulas_equal(a, b)
+
+
+def _same_choice(a: str, b: str) -> bool | None:
+    """Whether two answers choose the same letter; None: neither says that it is a choice ((C), (C) 5, Option C)."""
+    plain = [re.sub(r"\s+", " ", re.sub(WORDS, r" \1 ", text)).strip().strip(".:").rstrip() for text in (a, b)]
+    told = [_CHOICE.fullmatch(text) for text in plain]
+    labelled = [_LABELLED.fullmatch(text) for text in plain]
+    letters = [
+        (m or n or re.fullmatch(r"\(?([A-Z])\)?|\(([a-z])\)", text))
+        for m, n, text in zip(told, labelled, plain, strict=True)
+    ]
+    if not any(told + labelled) or all(labelled) or not all(letters):
+        return None
+    first, second = ("".join(m.groups("")).upper() for m in letters if m)
+    return first == second
 
 
 def _words(text: str) -> str | None:
@@ -125,6 +155,13 @@ def equiv(a: str, b: str) -> bool:
         return bool(first)
     if not first or not second:
         return False
+    solved = [solutions(text) for text in (first, second)]
+    if solved[0] and solved[1]:
+        return solved[0][0] == solved[1][0] and _equal(structure(solved[0][1]), structure(solved[1][1]))
+    if solved[0] and not has_relation(second):
+        first = solved[0][1]
+    elif solved[1] and not has_relation(first):
+        second = solved[1][1]
     return _equal(structure(first), structure(second))
 
 

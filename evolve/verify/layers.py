@@ -32,7 +32,7 @@ PACKAGES = (
 
 MODULES = (
     *("launcher", "zygote", "preload", "arithmetic"),
-    *("grading", "numerals", "notation", "structure", "formulas"),
+    *("grading", "numerals", "notation", "structure", "printed", "formulas"),
 )
 """What of this package itself is visible inside."""
 

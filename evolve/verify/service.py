@@ -21,14 +21,15 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
+from evolve.errors import EvolveError
 from evolve.schema import VerifierConfig
 from evolve.types import Outcome, Problem, Status, Verdict
 from evolve.verify import cgroups
 from evolve.verify.layers import ENVIRONMENT, Layers, detect
 from evolve.verify.link import Link
 from evolve.verify.nodes import digest
-from evolve.verify.numerals import quick_equiv, quick_group
-from evolve.verify.steps import looks_plain, prefix_keys, refusal, server_kind, validate
+from evolve.verify.numerals import LONGEST, quick_equiv, quick_group
+from evolve.verify.steps import CODE_BYTES, looks_plain, prefix_keys, refusal, server_kind, validate
 
 SLOTS = 4
 """Steps a supervisor runs at once, so that one that sleeps does not hold up the others."""
@@ -44,6 +45,10 @@ GRADE_WALL_S = 60.0
 
 CACHED = 1 << 16
 """Verdicts and output digests remembered."""
+
+
+class GradingUnavailable(EvolveError):
+    """Answers cannot be compared, for no reason of their own."""
 
 
 class SandboxVerifier:
@@ -291,39 +296,47 @@ class SandboxVerifier:
     async def grade(self, problem: Problem, answer: str) -> Outcome:
         """Compare `answer` with the problem's gold alternatives; equal to any one is correct."""
         self._counts["grades"] += 1
-        pairs = []
+        outcome = Outcome.WRONG
         for gold in problem.answers:
             equal = quick_equiv(gold, answer)
+            if equal is None:
+                try:
+                    found = await self._compare(problem.id, "G", [[gold.strip(), answer.strip()]])
+                except GradingUnavailable:
+                    outcome = Outcome.INFRASTRUCTURE
+                    continue
+                if found is None and outcome is Outcome.WRONG:
+                    outcome = Outcome.TIMEOUT
+                equal = found == [1]
             if equal:
                 return Outcome.CORRECT
-            if equal is None:
-                pairs.append([gold, answer])
-        if not pairs:
-            return Outcome.WRONG
-        results = [await self._compare(problem.id, "G", [pair]) for pair in pairs]
-        if any(result == [1] for result in results):
-            return Outcome.CORRECT
-        for outcome in (Outcome.INFRASTRUCTURE, Outcome.TIMEOUT):
-            if any(result == outcome for result in results):
-                self._counts[f"grade_{outcome}"] += 1
-                return outcome
-        return Outcome.WRONG
+        if outcome is not Outcome.WRONG:
+            self._counts[f"grade_{outcome}"] += 1
+        return outcome
 
     async def grade_many(self, requests: Sequence[tuple[Problem, str]]) -> list[Outcome]:
         """`grade` for each of many requests, at once."""
         return list(await asyncio.gather(*(self.grade(*request) for request in requests)))
 
     async def group(self, answers: Sequence[str]) -> list[int]:
-        """For each answer the index of the first answer equal to it."""
+        """For each answer the index of the first answer equal to it.
+
+        Answers that are longer than `LONGEST`, or the longest of more than fit one packet, equal identical ones only.
+
+        Raises:
+            GradingUnavailable: the sandbox cannot compare answers.
+        """
         result, firsts = quick_group(answers)
-        if len(firsts) == 1:
+        sent = sorted((i for i in firsts if 0 < len(answers[i].strip()) <= LONGEST), key=lambda i: len(answers[i]))
+        sent = sorted(sent[: len(packets([answers[i].strip() for i in sent])[0])])
+        if len(sent) < 2:
             return result
-        texts = [answers[index] for index in firsts]
+        texts = [answers[index].strip() for index in sent]
         groups = await self._compare("group:" + texts[0], "P", texts)
-        if isinstance(groups, Outcome):
+        if groups is None:
             groups = await self._group_apart(texts)
-        merged = {first: firsts[groups[place]] for place, first in enumerate(firsts)}
-        return [merged[index] for index in result]
+        merged = {first: sent[groups[place]] for place, first in enumerate(sent)}
+        return [merged.get(index, index) for index in result]
 
     async def _group_apart(self, texts: list[str]) -> list[int]:
         """Group where some comparison hangs. Answers that hang against anything stand alone; the rest is
@@ -331,12 +344,12 @@ class SandboxVerifier:
         probes = await asyncio.gather(
             *(self._compare(f"group:{index}:{text}", "G", [[text, PROBE]]) for index, text in enumerate(texts))
         )
-        sound = [index for index, probe in enumerate(probes) if not isinstance(probe, Outcome)]
+        sound = [index for index, probe in enumerate(probes) if probe is not None]
         rest = [texts[index] for index in sound]
-        groups: list[int] | Outcome = Outcome.TIMEOUT
+        groups: list[int] | None = None
         if 0 < len(rest) < len(texts):
             groups = await self._compare("group:" + rest[0], "P", rest)
-        if isinstance(groups, Outcome):
+        if groups is None:
             groups = await self._group_one_by_one(rest)
         result = list(range(len(texts)))
         for place, index in enumerate(sound):
@@ -349,8 +362,13 @@ class SandboxVerifier:
         result: list[int] = []
         for index, text in enumerate(texts):
             pairs = [[texts[first], text] for first in firsts]
-            equal = await self._compare(f"group:{index}:{text}", "G", pairs) if pairs else []
-            if isinstance(equal, Outcome):
+            equal: list[int] = []
+            for packet in packets(pairs):
+                part = await self._compare(f"group:{index}:{text}", "G", packet) if packet else []
+                if part is None:
+                    break
+                equal += part
+            if len(equal) < len(pairs):
                 result.append(index)
                 continue
             found = next((first for first, same in zip(firsts, equal, strict=True) if same), index)
@@ -359,16 +377,19 @@ class SandboxVerifier:
             result.append(found)
         return result
 
-    async def _compare(self, problem_id: str, verb: str, data: list[Any]) -> list[int] | Outcome:
-        """Have a killable child compare `data`; its integers, or what went wrong."""
+    async def _compare(self, problem_id: str, verb: str, data: list[Any]) -> list[int] | None:
+        """Have a killable child compare `data`; its integers, or None: it did not come to an end.
+
+        Raises:
+            GradingUnavailable: for the sandbox's own reasons.
+        """
         limit = self.config.grade_timeout_s
         times = {"cpu": limit, "wall": max(GRADE_WALL_S, 4 * limit)}
-        response = await self._request(
-            problem_id, {"o": verb, "k": "grade", "c": [json.dumps(data)], "h": [""], **times}
-        )
-        if response["s"] == "ok":
-            return [int(value) for value in response["g"]]
-        return Outcome.INFRASTRUCTURE if response["s"] == "infrastructure" else Outcome.TIMEOUT
+        text = json.dumps(data, ensure_ascii=False)
+        response = await self._request(problem_id, {"o": verb, "k": "grade", "c": [text], "h": [""], **times})
+        if response["s"] == "infrastructure":
+            raise GradingUnavailable(f"the sandbox cannot compare answers: {response['m']}")
+        return [int(value) for value in response["g"]] if response["s"] == "ok" else None
 
     async def stats(self) -> dict[str, float]:
         """Counters since the start, and gauges summed over the supervisors."""
@@ -378,6 +399,20 @@ class SandboxVerifier:
                 total.update((await link.ask({"o": "S"})).get("stats", {}))
         total.update({name: value for name, value in self._counts.items() if name not in total})
         return {**total, "cpu_s": self._cpu_s, "wall_s": self._wall_s}
+
+
+def packets(items: Sequence[Any]) -> list[list[Any]]:
+    """`items`, to be sent as JSON, in lists of which each fits one packet."""
+    made: list[list[Any]] = [[]]
+    room = CODE_BYTES - 2
+    for item in items:
+        size = len(json.dumps(item, ensure_ascii=False).encode("utf-8", "surrogatepass")) + 2
+        if size > room:
+            made.append([])
+            room = CODE_BYTES - 2
+        made[-1].append(item)
+        room -= size
+    return made
 
 
 def _remember(cache: OrderedDict[str, Any], key: str, value: Any) -> None:

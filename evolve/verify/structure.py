@@ -76,7 +76,7 @@ def structure(text: str, depth: int = 0) -> Tree:
     if len(union) > 1:
         return Tree("union", [structure(part, depth + 1) for part in union], text)
     for left, right in (("\\{", "\\}"), ("{", "}"), ("(", ")"), ("[", "]"), ("(", "]"), ("[", ")")):
-        if text.startswith(left) and text.endswith(right) and _encloses(text, left, right):
+        if encloses(text, left, right):
             items = split_top(text[len(left) : -len(right)], [",", ";"])
             if left[-1] == "{":
                 return Tree("set", _flatten(items, depth), text)
@@ -91,8 +91,10 @@ def structure(text: str, depth: int = 0) -> Tree:
     return value
 
 
-def _encloses(text: str, left: str, right: str) -> bool:
-    """Whether the first bracket of `text` closes only at its end."""
+def encloses(text: str, left: str, right: str) -> bool:
+    """Whether `text` is in brackets of which the first closes only at its end."""
+    if not (text.startswith(left) and text.endswith(right)):
+        return False
     depth = 0
     for position, char in enumerate(text):
         depth += (char in _OPEN) - (char in _CLOSE)

@@ -14,7 +14,9 @@ from evolve.schema import VerifierConfig
 from evolve.types import Outcome, Problem
 from evolve.verify.grading import equiv, group
 from evolve.verify.notation import extract_answer
-from evolve.verify.service import SandboxVerifier
+from evolve.verify.numerals import LONGEST
+from evolve.verify.service import GradingUnavailable, SandboxVerifier, packets
+from evolve.verify.steps import CODE_BYTES
 
 DATA = Path(__file__).parents[3] / "shared" / "data"
 
@@ -60,6 +62,60 @@ EQUAL = [
     ("12 cm", "12 \\text{ cm}"),
     ("$\\frac{1}{2}$", "\\boxed{\\frac12}"),
     ("10,\\!080", "10 , \\! 080"),
+    ("5 apples", "5"),
+    ("12 inches", "12"),
+    ("12 in", "12"),
+    ("\\frac{1}{2}", "1/2 cup"),
+    ("12 lbs", "12 pounds"),
+    ("7 men", "7"),
+    ("5 ml", "5"),
+    ("5 km/h", "5"),
+    ("5 km/h", "5 kilometers per hour"),
+    ("60 mph", "60 \\text{ miles per hour}"),
+    ("$5 per hour", "5 dollars/hour"),
+    ("5 m/s", "5"),
+    ("5 sq. ft", "5 square feet"),
+    ("3\\pi cm", "3\\pi"),
+    ("2x cm", "2x"),
+    ("2 ab units", "2ab"),
+    ("3 million", "3000000"),
+    ("$3 million", "3,000,000 dollars"),
+    ("1\\frac{1}{2} thousand", "1500"),
+    ("2\\text{ dozen eggs}", "24"),
+    ("5 hundred thousand", "500000"),
+    ("2 cm, 3 cm", "2, 3"),
+    ("2\\text{ cm}, 3\\text{ cm}", "2 cm, 3 cm"),
+    ("(C)", "(C) 5"),
+    ("C", "(C) 5"),
+    ("\\text{(C)}", "(C) \\frac{1}{2}"),
+    ("(C)", "(c)"),
+    ("F", "(F)"),
+    ("C", "Option C"),
+    ("(C)", "choice c"),
+    ("x<2 or x>3", "(-\\infty,2)\\cup(3,\\infty)"),
+    ("x > 3\\text{ or }x \\le 2", "(-\\infty,2]\\cup(3,\\infty)"),
+    ("(2 < x) | (x < -2)", "(-\\infty,-2)\\cup(2,\\infty)"),
+    ("((-oo < x) & (x < 1/2)) | ((3 < x) & (x < oo))", "(-\\infty,\\frac12)\\cup(3,\\infty)"),
+    ("(2 < x) & (x < 5)", "(2,5)"),
+    ("(2 <= y) & (y < sqrt(5))", "2 \\leq y < \\sqrt{5}"),
+    ("x > 2 and x < 5", "2 < x < 5"),
+    ("5 \\geq x > 2", "(2,5]"),
+    ("((1,2),(3,4))", "\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}"),
+    ("Matrix([[1, 2], [3, 4]])", "\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}"),
+    ("[[1 2]\n [3 4]]", "\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}"),
+    ("[1 2 3]", "1, 2, 3"),
+    ("[1 2 3]", "(1, 2, 3)"),
+    ("[ 1.5 -2. ]", "[1.5, -2]"),
+    ("Interval(2, 5)", "[2,5]"),
+    ("Interval.open(2, 5)", "(2,5)"),
+    ("Interval.Ropen(1, sqrt(2))", "[1,\\sqrt{2})"),
+    ("Interval(-oo, 2)", "(-\\infty,2]"),
+    ("Union(Interval.open(-oo, -2), Interval.open(2, oo))", "(-\\infty,-2)\\cup(2,\\infty)"),
+    ("Union({4}, Interval(1, 2))", "[1,2]\\cup\\{4\\}"),
+    ("FiniteSet(1, 2)", "\\{2,1\\}"),
+    ("{1, 2}", "\\{1,2\\}"),
+    ("EmptySet", "\\emptyset"),
+    ("Reals", "(-\\infty,\\infty)"),
 ]
 UNEQUAL = [
     ("(1,2)", "(2,1)"),
@@ -87,6 +143,81 @@ UNEQUAL = [
     ("x^2", "x^3"),
     ("\\infty", "-\\infty"),
     ("__import__('os').getcwd()", "5"),
+    ("2t", "2"),
+    ("3s", "3"),
+    ("2ab", "2"),
+    ("x^2+3t", "x^2+3"),
+    ("\\sqrt{2}h", "\\sqrt{2}"),
+    ("2 ab", "2"),
+    ("2 ab", "2 xy"),
+    ("2 ab units", "2"),
+    ("4 rs", "4 pq"),
+    ("\\frac{1}{2} bh", "\\frac{1}{2}"),
+    ("\\frac{1}{2} mg", "\\frac{1}{2}"),
+    ("x^2 + 2 xy", "x^2 + 2"),
+    ("3 million", "3"),
+    ("3\\text{ million}", "3"),
+    ("3 million", "3 billion"),
+    ("5 dozen", "5"),
+    ("3 quarters", "3"),
+    ("10 squared", "10"),
+    ("10\\text{ squared}", "10"),
+    ("2 or three", "2"),
+    ("7 PM", "7 AM"),
+    ("$5", "5 cents"),
+    ("$5", "€5"),
+    ("5 km/h", "5 km"),
+    ("5 km/h", "5 miles per hour"),
+    ("5 gallons", "5 quarts"),
+    ("2 cm, 3 cm", "2 m, 3 cm"),
+    ("2*(x+1", "2"),
+    ("3 \\foo", "3"),
+    ("12 5", "17"),
+    ("(C)", "(D) 5"),
+    ("(C) 5", "(C) 6"),
+    ("(C)", "(d)"),
+    ("C", "c"),
+    ("x", "(X)"),
+    ("C", "Option D"),
+    ("F", "(G)"),
+    ("(A)", "(A) + B"),
+    ("(A)", "(A) B"),
+    ("(A)", "(A) \\cdot B"),
+    ("(A)", "(A) and (B)"),
+    ("(C)", "5"),
+    ("x<2 and x>3", "(-\\infty,2)\\cup(3,\\infty)"),
+    ("x<2, x>3", "(-\\infty,2)\\cup(3,\\infty)"),
+    ("x<2 or y>3", "(-\\infty,2)\\cup(3,\\infty)"),
+    ("x<2 or x>3", "(-\\infty,2]\\cup(3,\\infty)"),
+    ("x<2 or x>3", "(2,3)"),
+    ("(2 < x) & (x < 5)", "[2,5)"),
+    ("(2 < x) & (x < 5)", "(2 < y) & (y < 5)"),
+    ("(2 < x) & (y < 5)", "(2,5)"),
+    ("(2 < x) | (x < 5)", "(2,5)"),
+    ("2 < x > 5", "(2,5)"),
+    ("x > 2", "y > 2"),
+    ("x > 2", "x < 2"),
+    ("x > 2", "x \\geq 2"),
+    ("x > 2", "2"),
+    ("x > 2", "x = 2"),
+    ("x > 2", "x \\neq 2"),
+    ("((1,3),(2,4))", "\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}"),
+    ("((1,2),(3,4))", "\\begin{pmatrix}1&2\\\\3&4\\\\5&6\\end{pmatrix}"),
+    ("((1,2),(3,4),(5,6))", "\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}"),
+    ("[[1 3]\n [2 4]]", "\\begin{pmatrix}1&2\\\\3&4\\end{pmatrix}"),
+    ("[1 2 3]", "[1 2 4]"),
+    ("[1 2 3]", "(3, 2, 1)"),
+    ("[1 2 3]", "[12 3]"),
+    ("[1 2 3]", "6"),
+    ("[1 -2]", "-1"),
+    ("[1, 2]", "(1, 2)"),
+    ("Interval(2, 5)", "(2,5)"),
+    ("Interval.Lopen(2, 5)", "[2,5)"),
+    ("Union(Interval(1, 2), Interval(3, 4))", "[1,2]"),
+    ("FiniteSet(1, 2)", "(1,2)"),
+    ("FiniteSet(1, 2)", "\\{1,3\\}"),
+    ("EmptySet", "0"),
+    ("EmptySet", "Reals"),
 ]
 
 
@@ -167,6 +298,53 @@ async def test_a_comparison_that_hangs_is_an_outcome_of_its_own(verifier: Sandbo
     assert outcome is Outcome.TIMEOUT
     assert time.monotonic() - started < 8
     assert await verifier.grade(Problem("p", "q", ("\\sqrt{4}",)), "2") is Outcome.CORRECT
+
+
+@pytest.mark.asyncio(loop_scope="module")
+@pytest.mark.parametrize(
+    "answer", ["2*(x+1", "sqrt(3", "sqrt(3))", "1/0*sqrt(2)", "sqrt(2)**", "x\\foo{", "\ud800*\x00"]
+)
+async def test_what_is_no_formula_is_wrong(verifier: SandboxVerifier, answer: str) -> None:
+    assert await verifier.grade(Problem("p", "q", ("x/2",)), answer) is Outcome.WRONG
+    assert await verifier.grade(Problem("p", "q", (answer,)), answer) is Outcome.CORRECT
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_long_answers_are_graded_and_grouped_and_break_nothing(verifier: SandboxVerifier) -> None:
+    before = (await verifier.stats()).get("sandbox_failures", 0)
+    longer = [f"{i}" + "x" * 16_000 for i in range(20)]
+    padded = [" " * 300_000 + text for text in ("1/2", "0.50", "\\frac{1}{2}", "\\frac 24")]
+    assert await verifier.group([*longer, *padded, longer[3]]) == [*range(20), 20, 20, 20, 20, 3]
+    assert await verifier.grade(Problem("p", "q", (longer[0], padded[2])), padded[3]) is Outcome.CORRECT
+    many = [f"{i}" + "\x01" * (LONGEST - 100) for i in range(40)]
+    assert await verifier.group([*many, "\\sqrt{4}", "2"]) == [*range(40), 40, 40]
+    assert (await verifier.stats()).get("sandbox_failures", 0) == before
+
+
+def test_packets_hold_everything_in_order_and_none_is_too_large() -> None:
+    pairs = [[str(i), "\U0001d400\ud800\x00" * (i * 9 % LONGEST)] for i in range(100)]
+    made = packets(pairs)
+    assert [pair for packet in made for pair in packet] == pairs
+    sizes = [len(json.dumps(packet, ensure_ascii=False).encode("utf-8", "surrogatepass")) for packet in made]
+    assert max(sizes) <= CODE_BYTES
+    assert len(sizes) > 2
+    assert packets([]) == [[]]
+
+
+@pytest.mark.asyncio
+async def test_answers_that_the_sandbox_cannot_compare_are_neither_wrong_nor_distinct(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    async def refuse(self: SandboxVerifier, problem_id: str, fields: dict[str, object]) -> dict[str, object]:
+        return {"s": "infrastructure", "m": "no server starts", "cpu": 0.0, "wall": 0.0}
+
+    monkeypatch.setattr(SandboxVerifier, "_request", refuse)
+    verifier = SandboxVerifier(VerifierConfig(supervisors=1))
+    with pytest.raises(GradingUnavailable, match="no server starts"):
+        await verifier.group(["x", "2x", "3x"])
+    assert await verifier.group(["1", "1.0"]) == [0, 0]
+    assert await verifier.grade(Problem("p", "q", ("x", "y")), "2x") is Outcome.INFRASTRUCTURE
+    assert await verifier.grade(Problem("p", "q", ("x", "y")), "y") is Outcome.CORRECT
 
 
 @pytest.mark.asyncio(loop_scope="module")
