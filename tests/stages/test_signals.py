@@ -97,7 +97,7 @@ def test_a_run_ends_with_the_ray_it_has_started(whole: bool, tmp_path: Path) -> 
     assert process.wait(45) in expected, "Ray itself gives up after a minute"
     assert (tmp_path / "released").exists()
     said = process.stderr.read()
-    assert "gcs_server" in said
+    assert "stopped: Ray's " in said
     assert "all of it is safe" in said
     assert psutil.wait_procs(daemons, timeout=30)[1] == []
 
