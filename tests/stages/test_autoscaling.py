@@ -7,11 +7,13 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from evolve.cluster import answers
 from tests.jobs.test_submit import BIN, ROOT, free_ports, switch_off
 
 HEAD_ID = "f" * 51 + "00000"
@@ -101,6 +103,10 @@ def address() -> Iterator[str]:
                 env=environment, stdout=log, stderr=log, start_new_session=True,
             )  # fmt: skip
         try:
+            deadline = time.monotonic() + 120
+            while not answers(("127.0.0.1", gcs)):
+                assert time.monotonic() < deadline, (directory / "log").read_text()
+                time.sleep(0.2)
             yield f"127.0.0.1:{gcs}"
         finally:
             switch_off(process)
