@@ -88,7 +88,7 @@ def address() -> Iterator[str]:
         (directory / "autoscaling.json").write_text(json.dumps(config))
         environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
             "AUTOSCALER_UPDATE_INTERVAL_S": "1", "RAY_FAKE_CLUSTER": "1", "RAY_enable_autoscaler_v2": "1",
-            "RAY_CLOUD_INSTANCE_ID": HEAD_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID,
+            "RAY_CLOUD_INSTANCE_ID": HEAD_ID, "RAY_OVERRIDE_NODE_ID_FOR_TESTING": HEAD_ID, "RAY_AUTH_MODE": "disabled",
         }  # fmt: skip
         with (directory / "log").open("w") as log:
             process = subprocess.Popen(
@@ -115,7 +115,9 @@ def address() -> Iterator[str]:
 def test_nodes_are_added_for_the_shards_asked_for_and_go_when_the_shards_have_ended(
     address: str, tmp_path: Path
 ) -> None:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {"PYTHONPATH": str(ROOT)}
+    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")} | {
+        "PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"
+    }  # fmt: skip
     done = subprocess.run(
         [sys.executable, "-c", SCRIPT, str(tmp_path), address],
         cwd=ROOT, env=environment, capture_output=True, text=True, timeout=500, check=False,
