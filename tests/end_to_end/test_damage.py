@@ -11,6 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -131,3 +132,23 @@ def test_a_disk_that_is_full_or_read_only_is_named_and_the_same_command_goes_on_
     assert "Traceback" not in "".join(said.values())
     assert result(tmp_path / "after") == result(finished)
     assert damage(tmp_path / "after" / "smoke") == []
+
+
+def test_a_driver_killed_while_it_searches_and_while_it_trains_ends_with_what_an_undisturbed_one_does(
+    finished: Path, tmp_path: Path
+) -> None:
+    round_one = tmp_path / "smoke" / "round-1"
+    for moment in ("trees/part-*.parquet", "sft/metrics.jsonl"):
+        with (tmp_path / "killed.txt").open("w") as log:
+            process = subprocess.Popen(
+                command(tmp_path), cwd=ROOT, env=ENVIRONMENT, stdout=log, stderr=log, start_new_session=True
+            )
+        while not any(round_one.glob(moment)):
+            assert process.poll() is None, (tmp_path / "killed.txt").read_text()
+            time.sleep(0.05)
+        process.kill()
+        process.wait()
+    status, output = drive(tmp_path)
+    assert status == 0, output
+    assert result(tmp_path) == result(finished)
+    assert damage(tmp_path / "smoke") == []

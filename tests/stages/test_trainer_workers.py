@@ -15,6 +15,7 @@ ALONE = EvolveConfig()
 @pytest.fixture(params=[0, 1, 6, 8, 500])
 def gpus(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> int:
     monkeypatch.delenv("RAY_ADDRESS", raising=False)
+    monkeypatch.setattr(run.cluster, "may_grow", lambda config: config.address is not None)
     monkeypatch.setattr(run.ray, "cluster_resources", lambda: {"CPU": 64.0, "GPU": float(request.param)})
     return int(request.param)
 
