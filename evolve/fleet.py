@@ -17,7 +17,7 @@ import ray
 from ray.util.placement_group import PlacementGroup, placement_group, placement_group_table, remove_placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from evolve.attach import live_nodes
+from evolve.attach import address_of, live_nodes
 from evolve.cluster import alive_nodes, bundle, largest_free, layout, may_grow, shard_count
 from evolve.evaluate import Evaluator
 from evolve.health import Limits
@@ -40,6 +40,9 @@ CLIENT_START_S = 300.0
 LEAVE_S = 30.0
 """For a shard on a node that is drained to make its finished trees durable."""
 CLOSE_S = 30.0
+MARGIN_S = 30.0
+WHOLE_S = 30.0
+"""In a joined cluster, for all groups that nodes are large enough for to be placed, before work begins without some."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -149,11 +152,20 @@ class Fleet:
             if ppm is not None and group.ppm is None and group.node:
                 self._add_ppm(group)
             self._expect(group)
-        timeout = engine.start_timeout_s + (self.config.cluster.placement_timeout_s if before is None else 0.0)
-        self._wait(lambda: len(self.groups) >= self._awaited and not self._unready(), timeout)
+        self._wait(self._complete, engine.start_timeout_s + self.config.cluster.placement_timeout_s)
         wanted = self.config.cluster.shards or 1
         if before is None and len(self.groups) < wanted:
             self.events.append(f"{len(self.groups)} of {wanted} shards are at work; {self._lacking()}")
+
+    def _complete(self, waited_s: float) -> bool:
+        """Whether work can begin, `waited_s` seconds after it was asked for.
+
+        In a joined cluster others may have what a group needs: it joins when they are done.
+        """
+        starting = any(group.node for group in self._joining)
+        others = address_of(self.config.cluster) is not None and waited_s > WHOLE_S and not starting
+        enough = len(self.groups) >= self._awaited or (others and bool(self.groups))
+        return enough and not self._unready()
 
     def poll(self) -> None:
         """Look after all actors, and at which nodes came and went.
@@ -184,6 +196,9 @@ class Fleet:
         keep = self.config.cluster.keep_engines
         if not (self.device == "cpu" if keep is None else keep):
             self.stop()
+        for group in [group for group in self._joining if not group.node]:  # else a node that comes would be theirs
+            self._joining.remove(group)
+            remove_placement_group(group.placement)
 
     def stop(self) -> None:
         """End all actors and give back what they reserved."""
@@ -273,17 +288,16 @@ class Fleet:
                 ray.kill(actor)
         remove_placement_group(group.placement)
 
-    def _wait(self, ready: Callable[[], bool], timeout_s: float) -> None:
-        deadline = time.monotonic() + timeout_s
-        told = time.monotonic()
+    def _wait(self, ready: Callable[[float], bool], timeout_s: float) -> None:
+        began = told = time.monotonic()
         while True:
             self.poll()
-            if ready():
+            if ready(time.monotonic() - began):
                 return
             if time.monotonic() - told > ROOM_S:
                 told = time.monotonic()
                 self.on_wait(self._lacking())
-            if time.monotonic() > deadline:
+            if time.monotonic() - began > timeout_s:
                 raise ServiceError(f"shards are not ready after {timeout_s:.0f} s: {self._lacking()}")
             time.sleep(POLL_S)
 
@@ -336,7 +350,7 @@ class Fleet:
 
         def client(kind: type, attribute: str) -> Callable[[], Any]:
             def make() -> Any:
-                timeout = self.config.policy.engine.request_timeout_s
+                timeout = self._request_timeout_s()
                 options = {**self._placed(group), "num_cpus": 0, "max_concurrency": 100}
                 actor: Any = ray.remote(kind).options(**options)
                 setattr(group, attribute, actor.remote(group.name, group.policy, group.verifier, group.ppm, timeout))
@@ -346,6 +360,12 @@ class Fleet:
 
         for role, make in (("shard actor", client(Shard, "shard")), ("evaluator", client(Evaluator, "evaluator"))):
             self.watch.add(f"{role} of {group.name}", make(), CLIENT_START_S, replace=make, hosted=False)
+
+    def _request_timeout_s(self) -> float:
+        """For one answer of a service, as its clients see it: engines, which have limits of their own, judge before."""
+        assert self._serving is not None
+        engines = [self._serving.engine, *([self.config.ppm.engine] if self._serving.ppm is not None else [])]
+        return max(engine.request_timeout_s for engine in engines) + MARGIN_S
 
     def _service(self, group: Group, factory: Callable[[], Any], gpus: float) -> Any:
         """A service's actor. Ray restarts it without end; the watch says when it is enough."""

@@ -109,13 +109,13 @@ class ServiceHost:
         self._answers.setdefault(client, [])
         self._answered.setdefault(client, asyncio.Event())
         for number, method, args in calls:
-            task = asyncio.create_task(self._run(client, number, getattr(self._service, method)(*args)))
+            task = asyncio.create_task(self._run(client, number, method, args))
             self._tasks.add(task)
             task.add_done_callback(self._tasks.discard)
 
-    async def _run(self, client: str, number: int, work: Coroutine[Any, Any, Any]) -> None:
+    async def _run(self, client: str, number: int, method: str, args: tuple[Any, ...]) -> None:
         try:
-            answer = (number, True, await work)
+            answer = (number, True, await getattr(self._service, method)(*args))
         except Exception as error:
             answer = (number, False, error)
         self._answers[client].append(answer)
@@ -207,9 +207,10 @@ class ServiceClient:
     async def _submit(self, numbers: list[int]) -> None:
         try:
             await self._send(numbers)
-        except RayActorError:
-            self._lost.update(numbers)  # the collector sends them again
         except Exception as error:
+            if _passing(error):
+                self._lost.update(numbers)  # the collector sends them again
+                return
             for number in numbers:
                 self._settle(number, False, error)
 
@@ -219,6 +220,8 @@ class ServiceClient:
         try:
             async with asyncio.timeout(self.start_timeout_s):
                 await self.handle.submit.remote(self._id, calls, self.expects)
+        except RayTaskError:  # which may be a TimeoutError, too
+            raise
         except TimeoutError as error:
             raise ServiceError(f"{self.name} was not ready within {self.start_timeout_s:.0f} s") from error
         now = time.monotonic()
@@ -257,7 +260,9 @@ class ServiceClient:
             numbers = sorted(self._lost & self._calls.keys())
             try:
                 await self._send(numbers)
-            except RayActorError as error:
+            except (RayActorError, RayTaskError) as error:
+                if not _passing(error):
+                    raise
                 if time.monotonic() > deadline:
                     raise ServiceError(
                         f"{self.name} died and was not back within {self.start_timeout_s:.0f} s: {error}"
@@ -287,6 +292,16 @@ class ServiceClient:
     def _fail(self, error: Exception) -> None:
         for number in list(self._calls):
             self._settle(number, False, error)
+
+
+def _passing(error: Exception) -> bool:
+    """Whether another try may mend what befell a call on its way: the actor's death, or a start that failed."""
+    return isinstance(error, RayActorError) or (isinstance(error, RayTaskError) and not for_good(error))
+
+
+def for_good(error: RayTaskError) -> bool:
+    """Whether a service that did not start because of this never will."""
+    return isinstance(error.cause, EvolveError | ValueError | FileNotFoundError)
 
 
 @dataclass(frozen=True, slots=True)

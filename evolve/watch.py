@@ -20,7 +20,7 @@ from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
 from evolve.errors import EvolveError
 from evolve.health import Act, Health, Limits, State
-from evolve.service import Pulse, Question
+from evolve.service import Pulse, Question, for_good
 
 PULSE_S = 2.0
 ATTENDED_S = 2.0
@@ -110,7 +110,7 @@ class Watched:
         try:
             ray.get(started)
         except RayTaskError as error:
-            if isinstance(error.cause, EvolveError | ValueError | FileNotFoundError):
+            if for_good(error):
                 raise EvolveError(f"{self.health.name} cannot start: {error.cause}") from error
             return self.health.failed(now, _first_line(error.cause))
         except RayActorError:

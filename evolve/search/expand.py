@@ -39,6 +39,12 @@ class Sibling:
     inserted: tuple[int, ...] = ()
 
     @property
+    def broke(self) -> bool:
+        """Whether the sandbox failed, which may not happen again, where a grading that does not end does."""
+        failed = self.verdict is not None and self.verdict.status is Status.INFRASTRUCTURE
+        return failed or self.outcome is Outcome.INFRASTRUCTURE
+
+    @property
     def lost(self) -> str:
         """How the sandbox or the grader, and not the code, failed; empty when neither did."""
         if self.verdict is not None and self.verdict.status is Status.INFRASTRUCTURE:
@@ -64,7 +70,7 @@ class Expander:
     async def expand(self, tree: Tree, problem: Problem, node: int, rule: TreePolicy) -> None:
         """Add the children of `node`. Dead and lost candidates become children too, as a record; none is selected.
 
-        When none is live and some were lost, those are judged once more; a node that this does not help is lost too.
+        When none is live, those that the sandbox lost are judged once more; a node that this does not help is lost too.
         """
         prefix = tree.prefix_ids(node)
         sampling = replace(self.sampling, seed=derive(tree.seed, *tree.continuation_ids(node)))
@@ -73,8 +79,7 @@ class Expander:
         siblings = self._distinct(sampled, tree.code_ended[node])
         kinds = await self._judge_all(tree, problem, node, siblings, siblings)
         if not any(kind.live for kind in kinds):
-            lost = [s for s in siblings if s.lost]
-            kinds = await self._judge_all(tree, problem, node, siblings, lost)
+            kinds = await self._judge_all(tree, problem, node, siblings, [s for s in siblings if s.broke])
         values = await self._values(tree, node, siblings, kinds, rule)
         for sibling, kind, value in zip(siblings, kinds, values, strict=True):
             _attach(tree, node, sibling, kind, value)
@@ -99,10 +104,10 @@ class Expander:
     async def _judge_all(
         self, tree: Tree, problem: Problem, node: int, siblings: list[Sibling], which: list[Sibling]
     ) -> list[NodeKind]:
-        """Judge `which` of the siblings, all at once, and count failures; what each of `siblings` becomes."""
+        """Judge `which` of the siblings at once, and count the sandbox's failures; what each of `siblings` becomes."""
         await asyncio.gather(*(self._judge(tree, problem, node, s) for s in which))
         reasons = [s.lost for s in which if s.lost]
-        tree.infrastructure_failures += len(reasons)
+        tree.infrastructure_failures += sum(s.broke for s in which)
         if reasons:
             tree.note = tree.note or f"{len(reasons)} of {len(siblings)} candidates were lost: {reasons[0]}"
         return [self._kind(tree, node, s) for s in siblings]

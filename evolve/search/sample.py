@@ -21,6 +21,7 @@ from evolve.types import (
     Problem,
     Sampling,
     ScoreRequest,
+    Status,
     Step,
     StepFormat,
     Verifier,
@@ -79,7 +80,7 @@ class Sampler:
             if solution.answer is None:
                 solution.answer = last_boxed(solution.text)
         answers = (s.answer for s in solutions if s.answer is not None)
-        outcomes = await _once_each(answers, lambda answer: self.verifier.grade(problem, answer))
+        outcomes = await _once_each(answers, lambda answer: self._grade(problem, answer))
         for solution in solutions:
             if solution.answer is not None:
                 solution.outcome = outcomes[solution.answer]
@@ -95,9 +96,15 @@ class Sampler:
             return None, ""
         code = "\n".join(step.code for step in steps if isinstance(step, Step))
         verdict = await self.verifier.check(problem, (), code)
+        if verdict.status is Status.INFRASTRUCTURE:
+            verdict = await self.verifier.check(problem, (), code)
         if not verdict.ok:
             return None, ""
         return self.format.result(last, verdict.stdout), self.format.inserted(last, verdict.stdout)
+
+    async def _grade(self, problem: Problem, answer: str) -> Outcome:
+        outcome = await self.verifier.grade(problem, answer)
+        return outcome if outcome is not Outcome.INFRASTRUCTURE else await self.verifier.grade(problem, answer)
 
     async def _answer(self, solution: Solution, prompt_ids: tuple[int, ...], inserted: str, sampling: Sampling) -> None:
         """Let the policy state its answer after the output."""

@@ -21,6 +21,7 @@ from evolve.service import Question, ServiceError, get
 from evolve.stages.run import Run
 from evolve.store.records import RecordFile, Row
 from evolve.types import Problem
+from evolve.verify.service import GradingUnavailable
 
 POLL_S = 0.25
 PROGRESS_S = 2.0
@@ -115,12 +116,13 @@ def measure(
             share = working.pop(ref)
             try:
                 keep(get(ref, 60, "an evaluator's records"))
-            except ServiceError as error:
+            except (ServiceError, GradingUnavailable) as error:
                 done = f"{len(rows)} of {len(problems)} problems are evaluated and kept"
                 raise ServiceError(f"{_name(k)}: evaluation cannot go on: {error}; {done}") from error
             except RayTaskError:
                 raise
             except RayActorError:
+                ray.kill(share.evaluator)  # it may live, and only have been out of reach
                 dead.append(share.evaluator)  # another is being started in its place
                 waiting.append([problem for problem in share.problems if problem.id not in rows])
         busy = [*dead, *(share.evaluator for share in working.values())]

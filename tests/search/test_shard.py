@@ -136,7 +136,7 @@ def test_a_problem_whose_answers_cannot_be_graded_gets_its_tree_with_a_note_and_
     problems = [Problem("hangs", "question", ()), Problem("other", "question", ("3",))]
     (hangs, other), progress = grow(tmp_path, problems)
     assert (progress.done, progress.failure, progress.trees, progress.settled) == (True, "", 2, 2)
-    assert progress.infrastructure_failures == hangs.infrastructure_failures > 0
+    assert progress.infrastructure_failures == hangs.infrastructure_failures == 0
     assert "grading ended with timeout" in hangs.note
     assert not list(hangs.terminals())
     assert other.rollouts == 6
@@ -207,7 +207,8 @@ def test_a_durable_tree_leaves_the_object_store_while_others_grow(
         async with asyncio.timeout(30):
             while name.hex().encode() in worker.get_all_reference_counts():  # noqa: ASYNC110 (nothing tells)
                 await asyncio.sleep(0.01)
-        assert not worker.object_exists(ray.ObjectRef(name))
+            while worker.object_exists(ray.ObjectRef(name)):  # noqa: ASYNC110 (freed a moment later)
+                await asyncio.sleep(0.01)
         assert not writing.done()
         round_.close()
         await asyncio.wait_for(writing, 30)
