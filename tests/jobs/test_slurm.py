@@ -38,7 +38,10 @@ if [[ $1 == -c && $2 == *get_node_ip_address* ]]; then echo 127.0.0.1; exit; fi
 if [[ $1 == -c ]]; then exec "$PYTHON" "$@"; fi
 echo "$* mode=$RAY_AUTH_MODE address=$RAY_ADDRESS runs=$EVOLVE_RUNS" >> "$CALLS"
 stat -c 'token %a %s' "$RAY_AUTH_TOKEN_PATH" >> "$CALLS"
-if [[ $2 == evolve.doctor ]]; then exit "${DOCTOR:-0}"; fi
+if [[ $2 == evolve.doctor ]]; then  # which waits for all nodes
+  for ((i = 0; i < 300; i++)); do grep -q "^ray start --block --address" "$CALLS" && break; sleep 0.1; done
+  exit "${DOCTOR:-0}"
+fi
 trap 'echo "driver told to end" >> "$CALLS"; sleep 0.3; exit 130' TERM
 if [[ ${DRIVER:-0} == wait ]]; then for ((i = 0; i < 300; i++)); do sleep 0.1; done; fi
 exit "${DRIVER:-0}"
