@@ -105,8 +105,9 @@ def one_size(nodes: Sequence[str], trees_a_shard: int, speed: float, full_size: 
             for problem in sum_problems(trees_a_shard, 5)
             for copy in range(shards)
         ]
-        progress, seconds = scene.grow(fleet, problems, job)
-        parts = spent(before, cpu_seconds())
+        after: dict[str, float] = {}
+        progress, seconds = scene.grow(fleet, problems, job, lambda p: after.update(cpu_seconds()) if p.done else None)
+        parts = spent(before, after)
         candidates = (total(members, "requests") - counted["requests"]) * job.plan.candidates
         tokens = total(members, "generated_tokens") - counted["generated_tokens"]
         occupancy = total(members, "occupancy") / shards

@@ -157,7 +157,10 @@ def grow(
     watch: Callable[[Progress], None] | None = None,
     poll_s: float = 0.2,
 ) -> tuple[Progress, float]:
-    """Grow a tree for every problem as a driver does; returns the final progress and the seconds it took."""
+    """Grow a tree for every problem as a driver does; returns the final progress and the seconds it took.
+
+    `watch` sees the progress now and then, and at the end, when the board still lives.
+    """
     job.trees.mkdir(parents=True, exist_ok=True)
     made = ray.remote(Board).options(num_cpus=0)
     growing = Growing(fleet, job, lambda: made.remote(EscalatingBudget(job.plan), problems, (), job.trees))
@@ -170,10 +173,12 @@ def grow(
                 watch(growing.latest)
             time.sleep(poll_s)
         seconds = time.monotonic() - started
+        progress = growing.latest
+        assert progress is not None
+        if watch is not None:
+            watch(progress)
     finally:
         growing.close()
-    progress = growing.latest
-    assert progress is not None
     if (found := mended_parts(job.trees).count) != progress.trees:
         raise RuntimeError(f"{progress.trees} trees were counted, and there are {found}")
     return progress, seconds
