@@ -18,7 +18,7 @@ from evolve.fleet import CLIENT_START_S
 from evolve.search.board import Progress
 from evolve.search.shard import SearchJob
 from evolve.service import Question, ServiceError, get
-from evolve.store.parts import mended_parts, tree_keys
+from evolve.store.parts import mend_parts, mended_parts
 from evolve.store.trees import Part
 from evolve.watch import Watch
 
@@ -119,8 +119,8 @@ class Growing:
 
     def _announce(self, name: str) -> None:
         """Tell the board of parts that a shard finished and did not live to announce."""
-        for part in mended_parts(self._job.trees, f"part-{name}-*.parquet").trees:
-            self._board.durable.remote(Part(part, tree_keys(self._job.trees / part)))
+        for part, keys in mend_parts(self._job.trees, f"part-{name}-*.parquet", self.notes):
+            self._board.durable.remote(Part(part, keys))
 
     def _hear(self) -> None:
         try:

@@ -159,24 +159,26 @@ class Lock(DriverLock):
 
     def _forget_abandoned(self, claim: Path) -> None:
         """Of a driver that was killed in the moment it had it."""
-        probe = aside_of(self._path)
-        probe.touch()
         with contextlib.suppress(FileNotFoundError):
-            if probe.stat().st_mtime - claim.stat().st_mtime > STALE_S:
+            if self._now() - claim.stat().st_mtime > STALE_S:
                 claim.unlink()
-        probe.unlink()
 
-    def _sight(self) -> Sight | None:
-        holder = self._read(self._path)
+    def _now(self) -> float:
+        """The time by the file server's clock."""
         probe = aside_of(self._path)
         probe.touch()
         try:
-            beat = self._path.stat().st_mtime
-            return Sight(holder, beat, probe.stat().st_mtime - beat)
-        except FileNotFoundError:  # released meanwhile
-            return None
+            return probe.stat().st_mtime
         finally:
             probe.unlink()
+
+    def _sight(self) -> Sight | None:
+        holder = self._read(self._path)
+        try:
+            beat = self._path.stat().st_mtime
+        except FileNotFoundError:  # released meanwhile
+            return None
+        return Sight(holder, beat, self._now() - beat)
 
     def _touch(self) -> dict[str, Any] | None:
         holder = self._read(self._path)

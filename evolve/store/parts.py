@@ -7,7 +7,7 @@ and the trees that are missing then are grown again.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -44,12 +44,17 @@ def mended_parts(directory: Place, pattern: str = PATTERN) -> Parts:
 
     For the one driver of the run, while nothing is being written there. Of a tree only a hash is held.
     """
-    known: set[int] = set()
-    trees: dict[str, int] = {}
     notes: list[str] = []
+    trees = {name: len(keys) for name, keys in mend_parts(directory, pattern, notes)}
+    return Parts(trees, tuple(notes))
+
+
+def mend_parts(directory: Place, pattern: str, notes: list[str]) -> Iterator[tuple[str, tuple[TreeKey, ...]]]:
+    """As `mended_parts`, one part after the other: its name and the trees it holds. Adds to `notes`."""
+    known: set[int] = set()
     for path in entries(directory, pattern):
         try:
-            keys = tree_keys(path)
+            keys = _keys(path)
         except (OSError, pa.ArrowException, ValueError) as error:
             notes.append(set_aside(path, str(error).splitlines()[0]))
             continue
@@ -60,8 +65,7 @@ def mended_parts(directory: Place, pattern: str = PATTERN) -> Parts:
             _keep_only(path, keys)
         if keys:
             known.update(map(hash, keys))
-            trees[path.name] = len(keys)
-    return Parts(trees, tuple(notes))
+            yield path.name, keys
 
 
 def set_aside(path: Place, reason: str) -> str:
@@ -82,12 +86,7 @@ def damaged_parts(directory: Place, recorded: Mapping[str, str]) -> dict[str, st
     return found
 
 
-def tree_keys(path: Place) -> tuple[TreeKey, ...]:
-    """Which trees a part holds.
-
-    Raises:
-        ValueError, OSError, pyarrow.ArrowException: it is damaged.
-    """
+def _keys(path: Place) -> tuple[TreeKey, ...]:
     table = pq.read_table(readable(path), columns=["problem_id", "tree", "node"], page_checksum_verification=True)
     roots = table.filter(pc.field("node") == ROOT)
     if table.num_rows and not roots.num_rows:

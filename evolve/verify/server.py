@@ -240,10 +240,10 @@ class Server:
             raise
         notification, pid, _, call = _NOTIF_HEAD.unpack_from(request)
         mapping = call == self.mmap
-        permitted = self.permits.get(pid, 0)
+        proceeds = mapping or pid in self.permits
         if mapping:
             self.sharing.add(pid)
-        if permitted or mapping:
+        if proceeds:
             response = _NOTIF_RESPONSE.pack(notification, 0, 0, _NOTIF_CONTINUE)
         else:
             response = _NOTIF_RESPONSE.pack(notification, 0, -errno.EPERM, 0)
@@ -253,10 +253,9 @@ class Server:
             if error.errno == errno.ENOENT:  # The process was interrupted or died: it is not forking now.
                 return 0
             raise
-        if mapping:
-            return 0
-        if permitted:
-            self.take_back(pid)
+        if proceeds:
+            if not mapping:
+                self.take_back(pid)
             return 0
         self.strikes[pid] = self.strikes.get(pid, 0) + 1
         return pid if self.strikes[pid] >= STRIKES else 0

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from evolve.files import file_digest
-from evolve.store.parts import damaged_parts, mended_parts, tree_keys
+from evolve.store.parts import PATTERN, damaged_parts, mend_parts, mended_parts
 from evolve.store.trees import read_part, to_batch, write_part
 from evolve.tree import Tree
 from evolve.types import NodeKind
@@ -23,7 +23,7 @@ def write(directory: Path, name: str, *problems: str) -> Path:
 
 
 def keys(directory: Path) -> set[str]:
-    return {key.problem_id for name in mended_parts(directory).trees for key in tree_keys(directory / name)}
+    return {key.problem_id for _, keys in mend_parts(directory, PATTERN, []) for key in keys}
 
 
 def test_whole_parts_are_left_as_they_are(tmp_path: Path) -> None:
