@@ -65,13 +65,20 @@ cluster.connect(ClusterConfig(address=sys.argv[2] if len(sys.argv) > 2 else None
 obey_signals()
 ending.HEAD_LOOK_S = 0.2
 Lifeline(Path(sys.argv[1]).touch, lambda: "all of it is safe")
+ray.get(ray.remote(num_cpus=0)(int).remote())  # by now Ray has nothing to ask its head by itself
 print("working", flush=True)
-try:
+
+def call_what_is_gone():
+    # Not before: Ray aborts a process whose question is under way when its head shuts down in good order.
+    while not (cluster.dead_daemons() or cluster.joined_head()):
+        time.sleep(0.01)
     while True:
         ray.nodes()
+
+try:
+    call_what_is_gone()
 except KeyboardInterrupt:
-    while True:  # as the end of a run does, that gives back what it has
-        ray.nodes()
+    call_what_is_gone()  # as the end of a run does, that gives back what it has
 """
 
 
