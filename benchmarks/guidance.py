@@ -58,6 +58,7 @@ def grow(
             few_shot="",
             sampling=Sampling(config.policy.temperature, config.policy.top_p, config.policy.max_step_tokens, fmt.stop),
             max_depth=config.search.max_depth,
+            context=config.policy.engine.max_model_len,
             concurrent_trees=config.search.concurrent_trees,
             concurrent_rollouts=1,
             tail_rollouts=1,

@@ -126,6 +126,7 @@ def job_of(round_plan: RoundPlan, trees: Path, concurrent_trees: int, concurrent
         few_shot="",
         sampling=Sampling(max_tokens=160, stop=stop),
         max_depth=16,
+        context=EngineConfig().max_model_len,
         concurrent_trees=concurrent_trees,
         concurrent_rollouts=concurrent_rollouts,
         tail_rollouts=1,

@@ -42,6 +42,8 @@ class EvalJob:
     """Of a whole solution's code."""
     max_step_tokens: int
     max_depth: int
+    context: int
+    """Longest sequence the policy's engine takes, tokens."""
     concurrent: int
     """Problems at work at once in one evaluator."""
     policy: tuple[str, str]
@@ -201,7 +203,7 @@ class Evaluator:
     def _expander(self, job: EvalJob, candidates: int) -> Expander:
         fmt = format_named(job.format)
         sampling = Sampling(job.temperature, job.top_p, job.max_step_tokens, fmt.stop)
-        return Expander(self.policy, self.verifier, fmt, sampling, candidates, job.max_depth, self.reward)
+        return Expander(self.policy, self.verifier, fmt, sampling, candidates, job.max_depth, self.reward, job.context)
 
 
 def _found(tree: Tree) -> Found:

@@ -185,7 +185,8 @@ class SearchConfig:
     concurrent_trees: int = 64
     """Trees that one shard grows at once."""
     concurrent_rollouts: int = 1
-    """Rollouts of one tree in flight at once; above 1 a virtual loss keeps them apart."""
+    """Rollouts of one tree in flight at once; above 1 a virtual loss keeps them apart, and a tree no longer comes out
+    the same from the same seed, for it depends on which of them ends first."""
     tail_rollouts: int = 1
     """As `concurrent_rollouts`, for the last trees of a round, while a shard gets no further ones."""
     rule: Rule = Rule.uct

@@ -105,6 +105,8 @@ class Board:
         self._live: dict[TreeKey, _Live] = {}
         self._directory = trees
         self._earlier = tokens_a_rollout(earlier, self._problems)
+        self._typical = sum(self._earlier.values()) / len(self._earlier) if self._earlier else 1.0
+        """Tokens a rollout of a problem of which nothing is known, while nothing is known of this round."""
         self._totals: Counter[str] = Counter()
         self._classes: Counter[str] = Counter()
         self._levels: Counter[tuple[str, str]] = Counter()
@@ -220,7 +222,8 @@ class Board:
             self._enqueue(self._budget.due(self._problems[problem_id], self._standing(problem_id)))
 
     def _push(self, task: TreeTask) -> None:
-        typical = self._totals["sampled_tokens"] / self._totals["rollouts"] if self._totals["rollouts"] else 1.0
+        rollouts = self._totals["rollouts"]
+        typical = self._totals["sampled_tokens"] / rollouts if rollouts else self._typical
         standing, earlier = self._standing(task.problem.id), self._earlier.get(task.problem.id)
         expected = expected_tokens(task, standing, earlier, typical)
         self._pushed += 1

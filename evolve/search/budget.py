@@ -79,8 +79,8 @@ class EscalatingBudget:
     """`trees` trees for everyone; then, one at a time and only while unsolved, retries with other seeds and
     trees with the escalated rollouts (rStar-Math, round 4: 16, then 64, then 128).
 
-    With `plan.settled` a problem gets no further tree once so many distinct correct and so many distinct wrong
-    solutions are known.
+    With `plan.settled` a problem gets no further tree once so many correct and so many wrong solutions are known;
+    those of one tree are distinct, one that another tree found again counts again.
     """
 
     plan: RoundPlan

@@ -66,6 +66,8 @@ class Expander:
     max_depth: int
     reward: Reward | None = None
     """A PPM that scores every surviving child; None when values start from terminals alone."""
+    context: int | None = None
+    """Longest sequence the policy's engine takes, tokens; None: any. A step after which no other one fits is dead."""
 
     async def expand(self, tree: Tree, problem: Problem, node: int, rule: TreePolicy) -> None:
         """Add the children of `node`. Dead and lost candidates become children too, as a record; none is selected.
@@ -136,7 +138,15 @@ class Expander:
         if sibling.outcome in (Outcome.CORRECT, Outcome.WRONG):
             return NodeKind.TERMINAL
         runs = isinstance(sibling.parsed, Step) and sibling.verdict is not None and sibling.verdict.ok
-        return NodeKind.STEP if runs and tree.depth[node] + 1 < self.max_depth else NodeKind.DEAD
+        goes_on = runs and tree.depth[node] + 1 < self.max_depth and self._has_room(tree, node, sibling)
+        return NodeKind.STEP if goes_on else NodeKind.DEAD
+
+    def _has_room(self, tree: Tree, node: int, sibling: Sibling) -> bool:
+        """Whether a further step fits behind a sibling: what it printed may be long."""
+        if self.context is None:
+            return True
+        length = len(tree.prefix_ids(node)) + len(sibling.candidate.token_ids) + len(sibling.inserted)
+        return length + self.sampling.max_tokens <= self.context
 
     async def _values(
         self, tree: Tree, node: int, siblings: list[Sibling], kinds: list[NodeKind], rule: TreePolicy

@@ -81,7 +81,7 @@ class _Growth:
     def _done(self) -> bool:
         tree = self.tree
         if tree.is_expanded(ROOT) and not tree.live_children(ROOT):
-            tree.note = tree.note or "no candidate of the first step survived"
+            tree.note = tree.note or "nothing is left that can be continued"
             return True
         unseen = self.pending.get(ROOT, 0) + self.lost
         tree.rollouts += unseen

@@ -19,13 +19,14 @@ class PUCT(MeanValue):
     c is `exploration`: 1.25 in OpenR, with c_base = 19652. P(s) = exp(mean log-probability of the step's tokens),
     as in AlphaMath (arXiv 2405.03553), in (0, 1] and not normalised over siblings, which are samples and not all
     actions there are. An unvisited node has no +inf: it competes with Q at its initial value (0, or the PPM's score)
-    and the full bonus, so that a step the policy finds unlikely may stay untried.
+    and the full bonus, so that a step the policy finds unlikely may stay untried. N_parent is at least 1: as in
+    AlphaZero an expansion counts, else the first choice among fresh siblings would ignore P.
     """
 
     def select_score(self, tree: Tree, node: int, pending: int = 0, parent_pending: int = 0) -> float:
         """PUCT of `node`; rollouts in flight count as lost ones (virtual loss)."""
         visits = tree.visits[node] + pending
-        parent_visits = tree.visits[tree.parent[node]] + max(pending, parent_pending)
+        parent_visits = max(1, tree.visits[tree.parent[node]] + max(pending, parent_pending))
         growth = math.log((parent_visits + C_BASE + 1) / C_BASE) + self.exploration
         bonus = step_probability(tree, node) * growth * math.sqrt(parent_visits) / (1 + visits)
         return self.q_in_flight(tree, node, pending) + bonus

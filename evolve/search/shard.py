@@ -49,6 +49,8 @@ class SearchJob:
     few_shot: str
     sampling: Sampling
     max_depth: int
+    context: int
+    """Longest sequence the policy's engine takes, tokens."""
     concurrent_trees: int
     concurrent_rollouts: int
     tail_rollouts: int
@@ -85,6 +87,7 @@ class Shard:
             candidates=job.plan.candidates,
             max_depth=job.max_depth,
             reward=self.reward if augmented else None,
+            context=job.context,
         )
         self._round = _Round(self.name, job, board, expander)
         await self._round.run()
@@ -152,6 +155,8 @@ class _Round:
         tasks = await self.board.take.remote(self.name, asked) if asked else []
         if tasks is None and not self.growing:
             return False
+        if tasks:
+            self.at_once = self.job.concurrent_rollouts
         for task in tasks or []:
             growth = asyncio.create_task(self._grow(task))
             self.growing.add(growth)

@@ -154,6 +154,7 @@ def _job(
         max_tokens=config.evaluate.max_tokens,
         max_step_tokens=config.policy.max_step_tokens,
         max_depth=config.search.max_depth,
+        context=config.policy.engine.max_model_len,
         concurrent=config.search.concurrent_trees,
         policy=policy.named,
         ppm=ppm.named if ppm else None,

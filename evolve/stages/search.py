@@ -49,7 +49,7 @@ def grow_trees(run: Run, k: int) -> None:
     ppm = run.ppm(k - 1) if plan.value is ValueKind.ppm else None
     run.fleet.load(policy, ppm, engine)
     sandboxes = _sandboxes(run, k)
-    job = _search_job(run, plan, directory, policy, ppm)
+    job = _search_job(run, plan, directory, policy, ppm, (engine or config.policy.engine).max_model_len)
     growing = Growing(run.fleet, job, lambda: _board(run, plan, problems, directory))
     try:
         progress = _watch(run, k, growing, started)
@@ -99,7 +99,7 @@ def _sandboxes(run: Run, k: int) -> list[dict[str, Any]]:
 
 
 def _search_job(
-    run: Run, plan: RoundPlan, directory: RoundDirectory, policy: Checkpoint, ppm: Checkpoint | None
+    run: Run, plan: RoundPlan, directory: RoundDirectory, policy: Checkpoint, ppm: Checkpoint | None, context: int
 ) -> SearchJob:
     config = run.config
     bootstrap = plan.generator is Generator.bootstrap
@@ -113,6 +113,7 @@ def _search_job(
         few_shot=examples,
         sampling=sampling,
         max_depth=config.search.max_depth,
+        context=context,
         concurrent_trees=config.search.concurrent_trees,
         concurrent_rollouts=config.search.concurrent_rollouts,
         tail_rollouts=config.search.tail_rollouts,

@@ -125,7 +125,7 @@ def no_ray_and_no_files(monkeypatch: pytest.MonkeyPatch) -> None:
         return function(*arguments)
 
     def keep_nothing(directory: Path, name: str, trees: Sequence[Any]) -> Part:
-        return Part(name, tuple(TreeKey(tree["problem_id"][0].as_py(), 0) for tree in trees))
+        return Part(name, tuple(TreeKey(tree["problem_id"][0].as_py(), tree["tree"][0].as_py()) for tree in trees))
 
     monkeypatch.setattr(shard, "ray", SimpleNamespace(put=lambda batch: batch))
     monkeypatch.setattr(shard, "write_part", keep_nothing)
@@ -140,6 +140,23 @@ def test_a_shard_keeps_an_engines_slots_busy_where_lockstep_does_not() -> None:
     assert goal.met({"busy": share}), share
     assert lockstep_share < 0.8
     assert lockstep_seconds > 1.2 * seconds
+
+
+def test_a_tail_of_escalated_trees_fills_the_engine_with_more_rollouts_at_once() -> None:
+    plan = replace(JOB.plan, candidates=4, escalation=(16,))
+
+    async def run(tail: int) -> tuple[float, float, int]:
+        policy = scene.engine(32, 1.0)()
+        job = replace(JOB, plan=plan, concurrent_trees=12, tail_rollouts=tail)
+        rollouts = await by_a_shard(sum_problems(16, 3), job, policy)
+        timeline = await policy.timeline()
+        return saturation.busy_share(timeline, 32, saturation.FROM, saturation.TO), timeline[-1][0], rollouts
+
+    share, seconds, rollouts = in_virtual_time(run(1))
+    wide_share, wide_seconds, wide_rollouts = in_virtual_time(run(8))
+    assert wide_share > 2 * share
+    assert wide_seconds < 0.6 * seconds
+    assert wide_rollouts == rollouts
 
 
 def test_stragglers_leave_no_other_shard_idle_at_the_end_of_a_round() -> None:

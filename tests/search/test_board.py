@@ -193,6 +193,8 @@ def test_the_longest_expected_trees_go_first_and_the_harder_where_nothing_is_kno
     earlier = [(replace(summary(problem, 0), sampled_tokens=tokens), "") for problem, tokens in before.items()]
     known = board(tmp_path, plan(), earlier=earlier)
     assert [problem for problem, _ in keys(known.take("s", 4))] == ["p2", "p1", "p3", "p0"]
+    half = board(tmp_path, plan(), earlier=earlier[:2])
+    assert [problem for problem, _ in keys(half.take("s", 4))] == ["p1", "p3", "p2", "p0"], "unknown: as the mean"
     unknown = board(tmp_path, plan())
     assert [problem for problem, _ in keys(unknown.take("s", 4))] == ["p1", "p3", "p0", "p2"]
 

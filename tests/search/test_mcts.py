@@ -2,6 +2,7 @@
 
 import asyncio
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
@@ -15,7 +16,19 @@ from evolve.search.mcts import MCTS
 from evolve.search.uct import UCT
 from evolve.store.trees import from_table, to_table
 from evolve.tree import ROOT, Tree
-from evolve.types import Candidate, NodeKind, Outcome, Problem, Sampling, Status, Verdict
+from evolve.types import (
+    Answer,
+    Candidate,
+    NodeKind,
+    Outcome,
+    Parsed,
+    Problem,
+    Sampling,
+    ScoreRequest,
+    Status,
+    Step,
+    Verdict,
+)
 
 
 def grown(
@@ -88,10 +101,54 @@ def test_code_continues_from_the_code_of_its_own_ancestors() -> None:
             assert (tree.prefix_code(tree.parent[node]), tree.code[node]) in verifier.checked
 
 
+class Answers(RandomPolicy):
+    """Ends every solution at its first step, with one of three answers; one is given twice."""
+
+    async def propose(self, prefixes: object, n: int, sampling: Sampling) -> list[list[Candidate]]:
+        texts = ["4;", "5;", "4;", "6;"]
+        return [[Candidate(text, tuple(map(ord, text)), (-1.0, -1.0)) for text in texts]]
+
+
+class AnswerFormat(DigitFormat):
+    """A digit is an answer in words."""
+
+    def parse(self, text: str, code_ended: bool) -> Parsed:
+        return Answer(text, text.removesuffix(";"))
+
+
 def test_all_distinct_answers_of_a_node_are_kept() -> None:
-    tree = grown(1, rollouts=60)
-    answers = [tree.answer[node] for node in tree.terminals()]
-    assert len(set(answers)) > 1
+    tree = Tree(PROBLEM.id, 1, 0, 1, (1, 2, 3))
+    expander = Expander(Answers(), DigitVerifier(), AnswerFormat(), Sampling(stop=(";",)), candidates=4, max_depth=6)
+    asyncio.run(MCTS(expander, UCT(rollouts=12)).grow(tree, PROBLEM))
+    found = [(tree.answer[node], tree.correct[node], tree.copies[node]) for node in tree.children[0]]
+    assert found == [("4", True, 2), ("5", False, 1), ("6", False, 1)]
+    assert all(tree.visits[node] for node in tree.children[0])
+
+
+class Chatty(DigitFormat):
+    """The environment puts a long text behind the step `+2`."""
+
+    def inserted(self, step: Step, stdout: str) -> str:
+        return "x" * 100 if step.code == "+2" else ""
+
+
+@pytest.mark.parametrize("augmented", [False, True])
+def test_a_step_behind_which_no_other_fits_is_dead_and_never_scored(augmented: bool) -> None:
+    class Short(LengthReward):
+        async def score(self, requests: Sequence[ScoreRequest]) -> list[float]:
+            assert all(len(r.prompt_ids) + sum(map(len, r.steps)) <= 64 for r in requests)
+            return await super().score(requests)
+
+    tree = Tree(PROBLEM.id, 1, 0, 2, (1, 2, 3, 4))
+    reward = Short() if augmented else None
+    sampling = Sampling(max_tokens=8, stop=(";",))
+    expander = Expander(RandomPolicy(), DigitVerifier(), Chatty(), sampling, 4, 6, reward, context=64)
+    asyncio.run(MCTS(expander, UCT(rollouts=24, augmented=augmented)).grow(tree, PROBLEM))
+    long = [node for node in range(len(tree)) if tree.code[node] == "+2"]
+    assert long
+    assert {(tree.kind[node], tree.visits[node], tree.status[node].value) for node in long} == {
+        (NodeKind.DEAD, 0, "ok")
+    }
 
 
 def test_equal_samples_are_one_child_and_executed_once() -> None:

@@ -35,6 +35,12 @@ def test_an_unvisited_child_competes_with_its_initial_value_and_the_whole_bonus(
     assert rule.select_score(tree, 1) > rule.select_score(tree, 2)
 
 
+def test_of_fresh_siblings_the_likelier_is_tried_first() -> None:
+    tree, rule = tree_of_two(), PUCT(rollouts=10)
+    assert tree.visits[0] == 0, "a rollout that has just expanded the node descends further"
+    assert rule.select_score(tree, 1) > rule.select_score(tree, 2) > 0
+
+
 def test_of_equally_good_children_the_likelier_is_preferred() -> None:
     tree, rule = tree_of_two(), PUCT(rollouts=10)
     rule.backup(tree, 1, 1.0)

@@ -89,6 +89,7 @@ def grow(
         few_shot="",
         sampling=Sampling(stop=("<end_of_step>", "<end_of_code>")),
         max_depth=6,
+        context=4096,
         concurrent_trees=8,
         concurrent_rollouts=1,
         tail_rollouts=1,

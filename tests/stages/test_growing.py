@@ -46,7 +46,8 @@ def grow(fleet: Fleet, trees: Path, disturb: Callable[[Growing], None] | None = 
     policy = ("model", "digest")
     job = SearchJob(
         plan=PLAN, run_seed=5, format="printed", few_shot="", sampling=Sampling(stop=STOP),
-        max_depth=6, concurrent_trees=4, concurrent_rollouts=1, tail_rollouts=1, trees=trees, policy=policy, ppm=None,
+        max_depth=6, context=4096, concurrent_trees=4, concurrent_rollouts=1, tail_rollouts=1, trees=trees,
+        policy=policy, ppm=None,
     )  # fmt: skip
 
     def board() -> Any:
