@@ -51,6 +51,15 @@ def test_datasets_reads_a_row_a_node(part: Path, tmp_path: Path) -> None:
     assert found[0]["correct"] is None
 
 
+def test_duckdb_reads_a_row_a_node(part: Path) -> None:
+    import duckdb
+
+    query = "select depth, kind, count(*), avg(q) from '{}/*.parquet' group by all order by all"  # as in the README
+    assert duckdb.sql(query.format(part.parent)).fetchall() == [
+        (0, "root", 2, 1.0), (1, "dead", 2, 0.0), (1, "step", 2, 1.0), (2, "terminal", 2, 1.0),
+    ]  # fmt: skip
+
+
 def test_every_column_says_in_the_file_what_it_is(part: Path) -> None:
     schema = pq.read_schema(part)
     assert schema.metadata[b"format"].startswith(b"evolve.tree.")
