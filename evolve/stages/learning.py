@@ -77,25 +77,25 @@ def _changed_rows(directory: RoundDirectory) -> list[Place]:
 
 
 def train(run: Run, k: int) -> None:
-    """Fine-tune the policy of round `k` from the base model, then its PPM from that policy."""
+    """Fine-tune the policy of round `k` from the base model, then its PPM from that policy.
+
+    Raises:
+        RunError: the policy, made before, is not what it was; or an earlier round's rows are not.
+    """
     directory = run.directory.round(k)
     config = run.config
-    stages: dict[str, tuple[str, SFTConfig | PPMConfig]] = {
-        "sft": (run.base.path, config.sft),
-        "ppm": (str(directory.sft / "checkpoint"), config.ppm),
-    }
+    stages: dict[str, SFTConfig | PPMConfig] = {"sft": config.sft, "ppm": config.ppm}
     missing = [stage for stage in stages if directory.finished(stage) is None]
     if not missing:
         return
     run.fleet.release()
     run.resize_trainers(partial_of(directory.path / missing[0] / "checkpoint"))
     for stage in missing:
-        initial, settings = stages[stage]
         started = time.monotonic()
         run.line.show(f"round {k}: {stage} training", force=True)
         job = TrainJob(
-            config=settings,
-            initial=initial,
+            config=stages[stage],
+            initial=(run.base if stage == "sft" else run.policy(k)).path,
             rows=tuple(str(path) for path in _row_files(run, k, stage)),
             output=str(directory.path / stage / "checkpoint"),
             seed=config.run.seed,

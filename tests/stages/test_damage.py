@@ -3,13 +3,15 @@
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
+from unittest.mock import MagicMock
 
 import pytest
 
+from evolve.config import load
 from evolve.files import file_digest
 from evolve.policy.checkpoint import digest
-from evolve.stages.learning import _changed_rows
-from evolve.stages.run import checkpoint
+from evolve.stages.learning import _changed_rows, train
+from evolve.stages.run import Run, checkpoint
 from evolve.stages.search import _parts, _reopened
 from evolve.store.run import RoundDirectory, RunDirectory, RunError
 from evolve.store.trees import to_batch, write_part
@@ -84,14 +86,35 @@ def test_rows_that_changed_since_they_were_recorded_are_named(directory: RoundDi
     assert _changed_rows(directory) == [rows]
 
 
-def test_a_checkpoint_with_a_flipped_byte_is_refused_with_what_to_do(directory: RoundDirectory) -> None:
+@pytest.fixture
+def tuned(directory: RoundDirectory) -> Path:
+    """The weights of the round's finished fine-tuning."""
     path = directory.sft / "checkpoint"
     path.mkdir(parents=True)
     (path / "model.safetensors").write_bytes(bytes(1000))
     (path / "config.json").write_text("{}")
     directory.record("sft", digest=digest(path))
-    assert checkpoint(directory, "sft").digest == digest(path)
-    flip(path / "model.safetensors", 500)
+    return path / "model.safetensors"
+
+
+def test_a_checkpoint_with_a_flipped_byte_is_refused_with_what_to_do(directory: RoundDirectory, tuned: Path) -> None:
+    assert checkpoint(directory, "sft").digest == digest(tuned.parent)
+    flip(tuned, 500)
     with pytest.raises(RunError, match=r"is not the expected .*\n.*Restore .* from a backup") as refused:
         checkpoint(directory, "sft")
     assert "round=1" in str(refused.value)
+
+
+def test_no_ppm_is_trained_from_a_policy_with_a_flipped_byte(directory: RoundDirectory, tuned: Path) -> None:
+    begun: list[str] = []
+    nothing: Any = None
+    run = Run(
+        load([]), RunDirectory(directory.path.parent), nothing, nothing, nothing, nothing, nothing, nothing, nothing
+    )
+    run.fleet = run.line = run.trainers = MagicMock()
+    run.fleet.device = "cpu"
+    run.trainers.fit.side_effect = lambda jobs, *_: begun.append(jobs[0].initial)
+    flip(tuned, 500)
+    with pytest.raises(RunError, match=r"is not the expected"):
+        train(run, 1)
+    assert begun == []
