@@ -348,7 +348,7 @@ class Summaries:
         columns = ["rollouts", "sampled_tokens", "scored_tokens", "infrastructure_failures"]
         for name in self.parts:
             wanted = ["problem_id", "tree", "correct", "code", "status", *columns]
-            table = pq.read_table(readable(self.directory / name), columns=wanted)
+            table = pq.read_table(readable(self.directory / name), columns=wanted, page_checksum_verification=True)
             table = table.append_column("right", pc.cast(pc.fill_null(table["correct"], False), pa.int32()))
             table = table.append_column("graded", pc.cast(pc.is_valid(table["correct"]), pa.int32()))
             executed = pc.and_(

@@ -266,9 +266,9 @@ def small_tree(problem: str) -> Tree:
 
 
 def test_summaries_of_a_continued_round_are_those_of_its_part_files(tmp_path: Path) -> None:
-    write_part(tmp_path, "part-a.parquet", [to_batch(small_tree("p0")), to_batch(small_tree("p1"))])
-    found = list(Summaries(tmp_path, ("part-a.parquet",)))
-    assert [part for _, part in found] == ["part-a.parquet"] * 2
+    part = write_part(tmp_path, "part-a", [to_batch(small_tree("p0")), to_batch(small_tree("p1"))]).name
+    found = list(Summaries(tmp_path, (part,)))
+    assert [name for _, name in found] == [part] * 2
     assert [(s.executions, s.infrastructure_failures) for s, _ in found] == [(2, 1)] * 2
     assert sorted((s for s, _ in found), key=lambda s: s.problem_id) == [
         summary_of(small_tree("p0")),
@@ -277,10 +277,10 @@ def test_summaries_of_a_continued_round_are_those_of_its_part_files(tmp_path: Pa
 
 
 def test_statistics_of_a_problem_come_from_part_files_and_batches_alike(tmp_path: Path) -> None:
-    write_part(tmp_path, "part-a.parquet", [to_batch(small_tree("p0")), to_batch(small_tree("p1"))])
-    some = Board(EscalatingBudget(plan()), PROBLEMS, Summaries(tmp_path, ("part-a.parquet",)), tmp_path)
+    part = write_part(tmp_path, "part-a", [to_batch(small_tree("p0")), to_batch(small_tree("p1"))]).name
+    some = Board(EscalatingBudget(plan()), PROBLEMS, Summaries(tmp_path, (part,)), tmp_path)
     found = some.sources("p1")
-    assert (found.batches, found.parts) == ((), (tmp_path / "part-a.parquet",))
+    assert (found.batches, found.parts) == ((), (tmp_path / part,))
     second = replace(small_tree("p1"), number=1)
     table = statistics("p1", found.parts, to_batch(second))
     assert table.column("tree").to_pylist() == [0] * 4 + [1] * 4

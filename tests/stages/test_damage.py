@@ -24,8 +24,8 @@ def directory(tmp_path: Path) -> RoundDirectory:
     """A round with a finished search of three trees in two parts."""
     made = RunDirectory(tmp_path).round(1)
     made.trees.mkdir(parents=True)
-    for name, problems in (("part-a.parquet", ("p0", "p1")), ("part-b.parquet", ("p2",))):
-        write_part(made.trees, name, [to_batch(tree(problem)) for problem in problems])
+    for stem, problems in (("part-a", ("p0", "p1")), ("part-b", ("p2",))):
+        write_part(made.trees, stem, [to_batch(tree(problem)) for problem in problems])
     made.record("search", parts={path.name: file_digest(path) for path in made.trees.iterdir()}, trees=3)
     return made
 
@@ -40,6 +40,11 @@ def run_saying(said: list[str]) -> Any:
     return SimpleNamespace(line=SimpleNamespace(end=said.append))
 
 
+def part(directory: RoundDirectory, letter: str) -> Path:
+    assert isinstance(directory.trees, Path)
+    return next(directory.trees.glob(f"part-{letter}-*"))
+
+
 def flip(path: Path, at: int) -> None:
     content = bytearray(path.read_bytes())
     content[at] ^= 1
@@ -52,24 +57,25 @@ def test_a_whole_search_stays_finished(directory: RoundDirectory) -> None:
 
 
 def test_a_search_with_a_damaged_part_is_taken_up_again_without_it(directory: RoundDirectory) -> None:
-    flip(directory.trees / "part-b.parquet", 30)
+    whole, broken = part(directory, "a"), part(directory, "b")
+    flip(broken, 30)
     said: list[str] = []
     assert _reopened(run_saying(said), directory)
-    assert "part-b.parquet: its digest is not the one in the manifest" in said[0]
+    assert f"{broken.name}: its digest is not the one in the manifest" in said[0]
     assert directory.finished("search") is None
-    assert [path.name for path in sorted(directory.trees.glob("part-*"))] == ["part-a.parquet"]
+    assert list(directory.trees.glob("part-*")) == [whole]
 
 
 def test_parts_that_nobody_needs_any_longer_are_not_looked_at(directory: RoundDirectory) -> None:
     directory.record("rows", sft={}, ppm={}, files={})
-    flip(directory.trees / "part-b.parquet", 30)
+    flip(part(directory, "b"), 30)
     assert not _reopened(run_saying([]), directory)
 
 
 def test_a_stage_whose_trees_do_not_add_up_is_an_error_that_says_so(directory: RoundDirectory) -> None:
     progress: Any = SimpleNamespace(trees=3)
-    assert set(_parts(directory, progress)) == {"part-a.parquet", "part-b.parquet"}
-    (directory.trees / "part-b.parquet").unlink()
+    assert set(_parts(directory, progress)) == {part(directory, letter).name for letter in "ab"}
+    part(directory, "b").unlink()
     with pytest.raises(RunError, match=r"3 trees were counted, and the files in .* hold 2\. .*Run the same command"):
         _parts(directory, progress)
 
