@@ -8,7 +8,7 @@ and the trees that are missing then are grown again.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
@@ -32,6 +32,8 @@ class Parts:
     """How many trees each holds, by its name; no tree occurs twice."""
     notes: tuple[str, ...]
     """What had to be mended."""
+    others: tuple[str, ...] = ()
+    """Ids of the problems, in order, that were not expected."""
 
     @property
     def count(self) -> int:
@@ -39,19 +41,25 @@ class Parts:
         return sum(self.trees.values())
 
 
-def mended_parts(directory: Place, pattern: str = PATTERN) -> Parts:
-    """The part files in `directory` whose names fit, once those that are not as written are set aside and second copies
-    of trees dropped.
+def mended_parts(directory: Place, wanted: Container[str] | None = None) -> Parts:
+    """The part files in `directory`, once those that are not as written are set aside and second copies of trees
+    dropped. `wanted`: ids of the problems whose trees are expected; None: any.
 
     For the one driver of the run, while nothing is being written there. Of a tree only a hash is held.
     """
     notes: list[str] = []
-    trees = {name: len(keys) for name, keys in mend_parts(directory, pattern, notes)}
-    return Parts(trees, tuple(notes))
+    trees: dict[str, int] = {}
+    others: set[str] = set()
+    for name, keys in mend_parts(directory, PATTERN, notes):
+        trees[name] = len(keys)
+        if wanted is not None:
+            others.update(key.problem_id for key in keys if key.problem_id not in wanted)
+    return Parts(trees, tuple(notes), tuple(sorted(others)))
 
 
 def mend_parts(directory: Place, pattern: str, notes: list[str]) -> Iterator[tuple[str, tuple[TreeKey, ...]]]:
-    """As `mended_parts`, one part after the other: its name and the trees it holds. Adds to `notes`."""
+    """As `mended_parts` for the names that fit, one part after the other: its name and the trees it holds. Adds to
+    `notes`."""
     known: set[int] = set()
     for path in entries(directory, pattern):
         try:

@@ -104,3 +104,9 @@ def test_parts_that_changed_or_vanished_since_they_were_recorded_are_named(tmp_p
         paths[0].name: "it is missing",
         paths[1].name: "its digest is not the one in the manifest",
     }
+
+
+def test_problems_whose_trees_nobody_expects_are_named(tmp_path: Path) -> None:
+    write(tmp_path, "part-a", "p0", "p2", "p3")
+    assert mended_parts(tmp_path, {"p0", "p1"}).others == ("p2", "p3")
+    assert mended_parts(tmp_path, {"p0", "p2", "p3"}).others == ()
