@@ -105,10 +105,10 @@ def train(run: Run, k: int) -> None:
         seconds = time.monotonic() - started
         found = digest(result.output)
         counts = (directory.finished("rows") or {}).get(stage, {})
-        directory.record(stage, digest=found, rows=counts, metrics=dict(result.metrics), seconds=seconds)
-        run.line.end(f"round {k}: {stage} trained in {duration(seconds)}, loss {result.metrics['loss']:.3f}")
         values = {f"{stage}/{name}": value for name, value in result.metrics.items()}
         run.metrics.log(k, values | {f"{stage}/seconds_total": seconds}, **{f"{stage}_digest": found})
+        directory.record(stage, digest=found, rows=counts, metrics=dict(result.metrics), seconds=seconds)
+        run.line.end(f"round {k}: {stage} trained in {duration(seconds)}, loss {result.metrics['loss']:.3f}")
     if run.fleet.device == "gpu":
         run.trainers.close()
 

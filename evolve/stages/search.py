@@ -62,6 +62,17 @@ def grow_trees(run: Run, k: int) -> None:
     _check_infrastructure(run.config, progress)
     seconds = time.monotonic() - started
     parts = _parts(directory, progress)
+    run.metrics.log(
+        k,
+        {
+            "search/coverage": progress.solved / progress.problems,
+            "search/trees": progress.trees,
+            "search/tokens": progress.sampled_tokens,
+            "search/seconds": seconds,
+            "search/infrastructure_failures": progress.infrastructure_failures,
+        },
+        policy_digest=policy.digest,
+    )
     directory.record(
         "search", **asdict(progress), parts=parts, policy=policy.digest, sandboxes=sandboxes, seconds=seconds
     )
@@ -73,17 +84,6 @@ def grow_trees(run: Run, k: int) -> None:
     run.line.end(
         f"round {k}: {progress.trees} trees in {duration(seconds)}, {progress.solved} of {progress.problems} "
         f"problems solved"
-    )
-    run.metrics.log(
-        k,
-        {
-            "search/coverage": progress.solved / progress.problems,
-            "search/trees": progress.trees,
-            "search/tokens": progress.sampled_tokens,
-            "search/seconds": seconds,
-            "search/infrastructure_failures": progress.infrastructure_failures,
-        },
-        policy_digest=policy.digest,
     )
 
 

@@ -9,6 +9,7 @@ import pytest
 
 from evolve.config import load
 from evolve.files import file_digest
+from evolve.learn.jobs import TrainResult
 from evolve.policy.checkpoint import digest
 from evolve.stages.learning import _changed_rows, train
 from evolve.stages.run import Run, checkpoint
@@ -111,16 +112,29 @@ def test_a_checkpoint_with_a_flipped_byte_is_refused_with_what_to_do(directory: 
     assert "round=1" in str(refused.value)
 
 
-def test_no_ppm_is_trained_from_a_policy_with_a_flipped_byte(directory: RoundDirectory, tuned: Path) -> None:
-    begun: list[str] = []
-    nothing: Any = None
-    run = Run(
-        load([]), RunDirectory(directory.path.parent), nothing, nothing, nothing, nothing, nothing, nothing, nothing
-    )
-    run.fleet = run.line = run.trainers = MagicMock()
-    run.fleet.device = "cpu"
-    run.trainers.fit.side_effect = lambda jobs, *_: begun.append(jobs[0].initial)
+@pytest.fixture
+def run(directory: RoundDirectory) -> Run:
+    """All but its configuration and directory are doubles."""
+    double: Any = MagicMock()
+    double.device = "cpu"
+    return Run(load([]), RunDirectory(directory.path.parent), *[double] * 7)
+
+
+def test_no_ppm_is_trained_from_a_policy_with_a_flipped_byte(run: Run, tuned: Path) -> None:
     flip(tuned, 500)
     with pytest.raises(RunError, match=r"is not the expected"):
         train(run, 1)
-    assert begun == []
+    assert not run.trainers.fit.called  # type: ignore[attr-defined]
+
+
+def test_the_metrics_of_a_stage_are_kept_before_it_counts_as_finished(
+    run: Run, directory: RoundDirectory, tuned: Path
+) -> None:
+    run.trainers.fit.return_value = [TrainResult("ppm", str(tuned.parent), {"loss": 0.5})]  # type: ignore[attr-defined]
+    run.metrics.log.side_effect = KeyboardInterrupt  # type: ignore[attr-defined]
+    with pytest.raises(KeyboardInterrupt):
+        train(run, 1)
+    assert directory.finished("ppm") is None
+    run.metrics.log.side_effect = None  # type: ignore[attr-defined]
+    train(run, 1)
+    assert directory.finished("ppm") is not None
