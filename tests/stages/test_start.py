@@ -78,5 +78,5 @@ def test_inputs_that_cannot_be_read_are_refused_with_what_to_do(files: Path) -> 
     go_on(files)
     inputs = files / "runs" / "rstar-math-7b" / "inputs.json"
     inputs.write_text(inputs.read_text()[:20])
-    with pytest.raises(RunError, match=r"inputs\.json is not readable .* delete it"):
+    with pytest.raises(RunError, match=r"inputs\.json is not readable .* Delete it"):
         go_on(files)
