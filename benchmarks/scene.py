@@ -164,7 +164,9 @@ def grow(
     """
     job.trees.mkdir(parents=True, exist_ok=True)
     made = ray.remote(Board).options(num_cpus=0)
-    growing = Growing(fleet, job, lambda: made.remote(EscalatingBudget(job.plan), problems, (), job.trees))
+    ids = {problem.id for problem in problems}
+    board = lambda _: (made.remote(EscalatingBudget(job.plan), problems, (), job.trees), 300.0)  # noqa: E731
+    growing = Growing(fleet, job, board, ids)
     started = time.monotonic()
     try:
         while not growing.poll():

@@ -7,6 +7,7 @@ in `RoundEstimate.arithmetic`: a user who knows better numbers can put them in.
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -109,6 +110,9 @@ class Plan:
     """Where the search of each round (rounds that need the same share one) and the training go."""
     assumptions: tuple[str, ...]
     missing: tuple[str, ...]
+    """What a run would fail for."""
+    waits: tuple[str, ...]
+    """What it would wait for, since nodes may be added to this cluster."""
 
     @property
     def hours(self) -> float:
@@ -132,6 +136,7 @@ def plan(config: EvolveConfig, resources: Resources) -> Plan:
     sizes = dict.fromkeys((e.model.name, e.model.billions, e.model.source) for e in rounds)
     assumptions.extend(f"{name}: {billions} parameters ({source})" for name, billions, source in sizes)
     assumptions.extend(statements(config.ppm.form, UNSOLVED_BY_ROUND, on_gpus))
+    lacking = tuple(_lacking(config, resources, rounds, layouts[-1], workers))
     return Plan(
         config,
         resources,
@@ -140,7 +145,8 @@ def plan(config: EvolveConfig, resources: Resources) -> Plan:
         workers,
         layouts,
         tuple(assumptions),
-        tuple(_missing(config, resources, rounds, layouts, workers)),
+        (*(() if resources.grows else lacking), *_impossible(config, rounds, workers)),
+        lacking if resources.grows else (),
     )
 
 
@@ -363,37 +369,34 @@ def _training_layout(
     return replace(layout, shares=own)
 
 
-def _missing(
-    config: EvolveConfig,
-    resources: Resources,
-    rounds: tuple[RoundEstimate, ...],
-    layouts: tuple[Layout, ...],
-    workers: int | None,
-) -> list[str]:
-    """What this cluster lacks, each with what would mend it."""
-    missing = []
-    for estimate in rounds:
-        shard = estimate.shard
+def _lacking(
+    config: EvolveConfig, resources: Resources, rounds: tuple[RoundEstimate, ...], training: Layout, workers: int | None
+) -> Iterator[str]:
+    """What this cluster has too little of, as more nodes would mend it."""
+    for shard in (estimate.shard for estimate in rounds):
         if not shard.layout.complete:
-            missing.append(
+            yield (
                 f"{shard.stage}: a shard needs {amount(shard.layout.need)} on one node; shards that fit: "
                 f"{shard.fits} of {shard.layout.wanted}. " + "; ".join(shortfalls(shard.layout))
             )
-        room = GPU_MEMORY_GIB * config.policy.engine.gpu_memory_utilization
-        if shard.policy_gpus and shard.weights_gib > room:
-            missing.append(
-                f"{shard.stage}: {shard.weights_gib:.0f} GiB of weights a GPU do not go into {room:.0f} GiB; "
-                "raise tensor_parallel"
-            )
     if uses_gpus(config, resources) and workers is None:
-        missing.append("training: at least 1 GPU is needed; set cluster.device=cpu to train on CPUs")
-    training = layouts[-1]
+        yield "training: at least 1 GPU is needed; set cluster.device=cpu to train on CPUs"
     if workers and not training.complete:
-        missing.append(
+        yield (
             f"training: {training.wanted} workers of {amount(training.need)} each, room for {training.placed}. "
             + "; ".join(shortfalls(training))
         )
+
+
+def _impossible(config: EvolveConfig, rounds: tuple[RoundEstimate, ...], workers: int | None) -> Iterator[str]:
+    """What no further node mends."""
+    room = GPU_MEMORY_GIB * config.policy.engine.gpu_memory_utilization
+    for shard in (estimate.shard for estimate in rounds):
+        if shard.policy_gpus and shard.weights_gib > room:
+            yield (
+                f"{shard.stage}: {shard.weights_gib:.0f} GiB of weights a GPU do not go into {room:.0f} GiB; "
+                "raise tensor_parallel"
+            )
     for name, batch in (("sft", config.sft.batch), ("ppm", config.ppm.batch)):
         if workers and batch % workers:
-            missing.append(f"{name}.batch={batch} cannot be shared evenly by {workers} trainer workers")
-    return missing
+            yield f"{name}.batch={batch} cannot be shared evenly by {workers} trainer workers"

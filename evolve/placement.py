@@ -25,6 +25,8 @@ class Resources:
     """The machines there are."""
 
     nodes: tuple[Node, ...]
+    grows: bool = False
+    """Whether an autoscaler may add others."""
 
     @property
     def cpus(self) -> float:

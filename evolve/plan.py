@@ -14,7 +14,7 @@ from evolve.attach import address_of, attached
 from evolve.config import to_yaml
 from evolve.estimate import Plan, plan
 from evolve.placement import Layout, Node, Resources, Share, amount, listed, local_resources
-from evolve.schema import EvolveConfig
+from evolve.schema import ClusterConfig, EvolveConfig
 
 WIDTH = 100
 NAMES = 4
@@ -28,18 +28,21 @@ def show_plan(config: EvolveConfig) -> None:
         UnreachableError: a Ray address is set and no cluster answers there.
     """
     address = address_of(config.cluster)
-    resources = local_resources() if address is None else cluster_resources(address)
+    resources = local_resources() if address is None else cluster_resources(config.cluster, address)
     sys.stdout.write(render(plan(config, resources)))
 
 
-def cluster_resources(address: str) -> Resources:
+def cluster_resources(config: ClusterConfig, address: str) -> Resources:
     """The nodes of a running Ray cluster; nothing is started on them.
 
     Raises:
         UnreachableError: no cluster answers there.
     """
     with attached(address) as nodes:
-        return Resources(tuple(Node(node.cpus, node.gpus, node.name) for node in nodes()))
+        from evolve.cluster import may_grow
+
+        found = tuple(Node(node.cpus, node.gpus, node.name) for node in nodes())
+        return Resources(found, may_grow(config))
 
 
 def render(found: Plan) -> str:
@@ -65,7 +68,8 @@ def render(found: Plan) -> str:
     for line in found.assumptions:
         _bullet(console, line)
     console.rule("missing on this cluster")
-    for line in found.missing or ("nothing",):
+    waits = [f"waits for nodes that may be added: {line}" for line in found.waits]
+    for line in [*found.missing, *waits] or ["nothing"]:
         _bullet(console, line)
     assert isinstance(console.file, io.StringIO)
     return console.file.getvalue()

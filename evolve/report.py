@@ -19,6 +19,7 @@ Intervals are 95 % bootstrap intervals over problems; `detail.minus_majority` is
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
@@ -148,7 +149,9 @@ class Metrics:
 
     One W&B run a round, under one group; its id is derived from the run directory's own, so that a continued round
     goes on in the same W&B run. Without a key, or where W&B cannot be reached or refuses the key, it writes offline
-    files into the run directory.
+    files into the run directory. Whatever else befalls W&B, whose core is a process that can die, ends no run.
+
+    Stages log before the manifest names them. Of one that was killed in between a line is there twice; the last counts.
     """
 
     def __init__(self, run: RunDirectory, config: EvolveConfig, tell: Callable[[str], object]) -> None:
@@ -158,19 +161,32 @@ class Metrics:
         self._wandb = workshop(run.path) / "wandb"
         self._open: dict[int, Any] = {}
         self._refused = False
+        self._lost = False
+        """W&B gets nothing more."""
 
     def log(self, round_: int, values: Mapping[str, Any], **digests: str) -> None:
         """Record numbers of a round under their slash-separated names."""
         line = {"time": round(time.time(), 3), "round": round_, **values, **digests}
         self._lines.add(json.dumps(line))
         self._lines.publish()
-        if self._config.wandb.mode is WandbMode.disabled:
+        if self._config.wandb.mode is WandbMode.disabled or self._lost:
             return
+        self._try(lambda: self._send(round_, values, digests))
+        mirror(self._wandb, self._run.path / "wandb")
+
+    def _send(self, round_: int, values: Mapping[str, Any], digests: Mapping[str, str]) -> None:
         if round_ not in self._open:
             self._open[round_] = self._wandb_run(round_)
         self._open[round_].config.update(digests, allow_val_change=True)
         self._open[round_].log(dict(values))
-        mirror(self._wandb, self._run.path / "wandb")
+
+    def _try(self, act: Callable[[], object]) -> None:
+        try:
+            act()
+        except Exception as error:  # W&B has no type for what follows its core's death
+            if not self._lost:
+                self._lost = True
+                self._tell(f"note: W&B failed ({type(error).__name__}); metrics go to {self._run.metrics} alone")
 
     def _wandb_run(self, round_: int) -> Any:
         import wandb
@@ -212,8 +228,13 @@ class Metrics:
     def close(self) -> None:
         """Finish the W&B runs, each within `FINISH_S`; what was not uploaded by then stays in its files."""
         for run in self._open.values():
-            run.finish()
+            self._try(run.finish)
         self._open.clear()
+        if self._lost:
+            import wandb
+
+            with contextlib.suppress(Exception):
+                wandb.teardown()  # else it tries at the exit, and prints its traceback there
         mirror(self._wandb, self._run.path / "wandb")
 
 

@@ -73,7 +73,8 @@ class RunConfig:
     """A directory, which all nodes of a cluster share, or a place in an object store: `s3://bucket/runs`."""
     seed: int = 0
     allow_changes: bool = False
-    """Continue a run under a configuration that differs from the one it was started with."""
+    """Continue a run under a configuration that differs from the one it was started with, or with other problems or
+    another base model under the same names."""
 
 
 @dataclass

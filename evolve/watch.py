@@ -67,6 +67,7 @@ class Watched:
             self._starting = None
             if self.replace is not None:
                 self.actor = self.replace()
+                self._question = Question(self._ask, PULSE_S)  # what the dead one was asked is not the new one's death
                 self.health.replaced(now)
         return act
 
@@ -146,6 +147,11 @@ class Watch:
     def expect(self, name: str, expects: tuple[str, str]) -> None:
         """From now on this actor must serve the checkpoint with that (path, digest)."""
         self._watched[name].expect(time.monotonic(), expects)
+
+    def allow(self, name: str, start_s: float) -> None:
+        """From now on the start of this actor may take so long."""
+        health = self._watched[name].health
+        health.limits = replace_fields(health.limits, start_s=start_s)
 
     def drop(self, *names: str) -> None:
         """Look after these no longer."""

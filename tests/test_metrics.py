@@ -50,3 +50,35 @@ def test_a_run_goes_on_offline_where_wandb_does_not_begin_and_says_so_once(
     assert len(ended) == 2
     assert all(0 < seconds <= 60 for seconds in ended)
     assert [json.loads(line)["round"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2]
+
+
+@pytest.mark.parametrize("dies", ["while it logs", "while it ends"])
+def test_a_run_goes_on_without_wandb_when_its_core_dies_and_says_so_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dies: str
+) -> None:
+    begun: list[str] = []
+    torn_down: list[bool] = []
+
+    def reset(*_: object) -> None:
+        raise ConnectionResetError(KEY)
+
+    def init(name: str, **_: object) -> Any:
+        begun.append(name)
+        config = SimpleNamespace(update=lambda *_, **__: None)
+        return SimpleNamespace(config=config, log=reset if dies == "while it logs" else lambda _: None, finish=reset)
+
+    def teardown() -> None:
+        torn_down.append(True)
+        reset()
+
+    monkeypatch.setattr(wandb, "init", init)
+    monkeypatch.setattr(wandb, "teardown", teardown)
+    said: list[str] = []
+    metrics = Metrics(RunDirectory(tmp_path), load(["conf=smoke", "run.name=x", "wandb.mode=offline"]), said.append)
+    for round_ in (1, 2, 3):
+        metrics.log(round_, {"search/solved": round_})
+    metrics.close()
+    assert len(begun) == (1 if dies == "while it logs" else 3)
+    assert said == [f"note: W&B failed (ConnectionResetError); metrics go to {tmp_path}/metrics.jsonl alone"]
+    assert torn_down == [True], "its hook would try again at the exit"
+    assert [json.loads(line)["round"] for line in (tmp_path / "metrics.jsonl").read_text().splitlines()] == [1, 2, 3]

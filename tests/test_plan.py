@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from dataclasses import replace
 
 import pytest
 
@@ -67,6 +68,16 @@ def test_shards_are_counted_by_the_scarcer_of_gpus_and_cpus():
 def test_more_shards_than_fit_are_missing():
     found = plan(load(["conf=rstar_math", "cluster.shards=9", "round=3"]), NODES)
     assert "shards that fit: 8 of 9" in found.missing[0]
+
+
+def test_what_nodes_that_may_be_added_would_mend_is_waited_for_and_not_missing():
+    growing = Resources((Node(cpus=8),), grows=True)
+    found = plan(load(["conf=rstar_math", "cluster.shards=9", "round=3", "cluster.device=gpu"]), growing)
+    assert found.missing == ()
+    assert any("shards that fit: 0 of 9" in line for line in found.waits)
+    assert any("at least 1 GPU" in line for line in found.waits)
+    assert "waits for nodes that may be added: " in " ".join(render(found).split())
+    assert plan(load(["conf=rstar_math", "sft.batch=100"]), replace(NODES, grows=True)).missing != ()
 
 
 def test_batch_that_the_gpus_cannot_share_is_missing():

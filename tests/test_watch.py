@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import RayActorError
 
 from evolve import watch as module
 from evolve.health import Limits
@@ -20,7 +21,7 @@ CHECKPOINT = ("/checkpoint", "digest")
 
 @dataclass
 class World:
-    """One actor that answers a second after it was asked, and what was done to it."""
+    """Actors that answer a second after they were asked, and what was done to them."""
 
     now: float = 1000.0
     silent: bool = False
@@ -42,6 +43,9 @@ class World:
         def poll(now: float) -> Pulse | None:
             if not asked:
                 asked.append(now)
+            if self.killed and asked[0] <= self.killed[-1]:
+                asked.clear()
+                raise RayActorError
             if self.silent or now < asked[0] + 1.0:
                 return None
             asked.clear()
@@ -106,6 +110,29 @@ def test_a_checkpoint_that_is_being_loaded_while_nobody_polls_is_not_late(watch:
     world.now += 3600.0
     watch.poll()
     poll_for(watch, world, 800)
+    assert world.killed == []
+    poll_for(watch, world, 200)
+    assert len(world.killed) == 1
+
+
+def test_an_actor_that_hangs_and_is_replaced_has_died_once(world: World) -> None:
+    watch, replaced = Watch(LIMITS), []
+    watch.add("shard", object(), 300.0, replace=lambda: replaced.append(world.now), hosted=False)
+    poll_for(watch, world, 10)
+    world.silent = True
+    poll_for(watch, world, 310)
+    assert len(replaced) == 1
+    world.silent = False
+    poll_for(watch, world, 20)
+    assert len(replaced) == len(world.killed) == 1
+    assert [name for name, _, _ in watch.recoveries] == ["shard"]
+    assert watch.unhealthy() == {}
+
+
+def test_an_actor_whose_start_is_allowed_longer_is_not_killed_for_it(watch: Watch, world: World) -> None:
+    watch.allow("engine", 1900.0)
+    watch.expect("engine", ("/other", "another digest"))
+    poll_for(watch, world, 1800)
     assert world.killed == []
     poll_for(watch, world, 200)
     assert len(world.killed) == 1

@@ -45,6 +45,8 @@ RUN_TIMEOUT_S = 3600.0
 SAID = {"engine": "policy engine", "ppm": "PPM engine", "verifier": "verifier", "shard": "shard actor",
         "evaluator": "evaluator", "board": "board"}  # fmt: skip
 """What the driver says is back."""
+GOALS = [Goal(name, "at most", 0) for name in ("trees_twice", "faults", "processes_left", "kills_without_target")]
+"""A kill that found nothing to kill has shown nothing."""
 
 
 @dataclass(slots=True)
@@ -253,7 +255,7 @@ def _compare(arguments: argparse.Namespace, targets: Sequence[str], directory: P
         "log": [asdict(each) for each in kills],
         "what": faults,
     }
-    return finish(record, [Goal(name, "at most", 0) for name in ("trees_twice", "faults", "processes_left")], arguments)
+    return finish(record, GOALS, arguments)
 
 
 def _line(each: Kill) -> str:

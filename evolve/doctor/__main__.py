@@ -69,7 +69,7 @@ def examine_machine(config: EvolveConfig) -> list[Check]:
         *local.ports(),
         *nodes.same_directory(None, run_dir),
         local.wandb(config.wandb),
-        *local.placement(estimate.missing),
+        *local.placement(estimate.missing, estimate.waits),
     ]
 
 
@@ -79,12 +79,14 @@ def examine_cluster(config: EvolveConfig, address: str, expected: int | None, ti
     Raises:
         UnreachableError: no cluster answers.
     """
+    from evolve.cluster import may_grow
+
     run_dir = _run_dir(config)
     with attached(address) as current:
         live = nodes.wait_for(expected or 1, current, timeout_s)
         found = [nodes.joined(live, expected, timeout_s), local.token_authentication()]
         print(f"asking {len(live)} node(s) (about 30 s) ...", file=sys.stderr)
-        resources = Resources(tuple(Node(node.cpus, node.gpus, node.name) for node in live))
+        resources = Resources(tuple(Node(node.cpus, node.gpus, node.name) for node in live), may_grow(config.cluster))
         estimate = plan(config, resources)
         probes = nodes.Probes(live, ASK_S)
         try:
@@ -97,7 +99,7 @@ def examine_cluster(config: EvolveConfig, address: str, expected: int | None, ti
     gpus = {node.name: node.gpus for node in live}
     for one in facts:
         found += checks.of_node(one, estimate.disk_bytes, gpus[one.node], _utilization(config))
-    return [*found, *directory, *ports, local.wandb(config.wandb), *local.placement(estimate.missing)]
+    return [*found, *directory, *ports, local.wandb(config.wandb), *local.placement(estimate.missing, estimate.waits)]
 
 
 def _run_dir(config: EvolveConfig) -> Place:

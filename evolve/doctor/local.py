@@ -74,9 +74,13 @@ def token_authentication() -> Check:
     return Check("authentication", "cluster", Status.WARN, what, mend)
 
 
-def placement(missing: Sequence[str]) -> list[Check]:
-    """What the plan says is missing."""
-    if not missing:
+def placement(missing: Sequence[str], waits: Sequence[str] = ()) -> list[Check]:
+    """What the plan says is missing, and what it `waits` for where nodes may be added."""
+    if not missing and not waits:
         return [Check("placement", "cluster", Status.OK, "every stage fits")]
     mend = "add nodes, or another recipe (conf=quickstart needs no GPU); --plan shows the arithmetic"
-    return [Check("placement", "cluster", Status.FAIL, line, mend) for line in missing]
+    patience = "nothing, where the autoscaler has such nodes to add (max_workers and node types in cluster.yaml)"
+    return [
+        *(Check("placement", "cluster", Status.FAIL, line, mend) for line in missing),
+        *(Check("placement", "cluster", Status.WARN, f"waits for nodes: {line}", patience) for line in waits),
+    ]

@@ -53,6 +53,7 @@ def _prepare(job: TrainJob) -> TrainResult | None:
             )
         if digest(job.output) != known["digest"]:
             raise LearningError(f"{job.output} is not what its {RESULT_FILE} says: delete it to train it again")
+        remove_tree(job.partial)  # of a worker that died once it had published
         return TrainResult(job.kind, job.output, known["metrics"])
     if not (place(job.initial) / "config.json").is_file():
         raise LearningError(f"{job.initial} is no checkpoint directory: it has no config.json")

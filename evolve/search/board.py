@@ -11,7 +11,7 @@ from __future__ import annotations
 import heapq
 import sys
 from collections import Counter
-from collections.abc import Container, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,12 +30,10 @@ from evolve.search.budget import (
     expected_tokens,
     fair_share,
 )
+from evolve.search.grown import Earlier
 from evolve.service import get
 from evolve.store.trees import Part, TreeKey
-from evolve.types import Problem, Status
-
-MAX_ATTEMPTS = 3
-"""How often a tree is begun, its shard having died each time, before the round stops with an error."""
+from evolve.types import Problem
 
 
 @dataclass(slots=True)
@@ -53,6 +51,8 @@ class Progress:
     infrastructure_failures: int
     done: bool
     failure: str = ""
+    note: str = ""
+    """What the board has to do without."""
     coverage: dict[str, tuple[int, int]] = field(default_factory=dict)
     """By given difficulty: (solved, finished problems)."""
     classes: dict[str, int] = field(default_factory=dict)
@@ -77,7 +77,8 @@ class Board:
         problems: Sequence[Problem],
         finished: Iterable[tuple[TreeSummary, str]],
         trees: Place,
-        earlier: Iterable[tuple[TreeSummary, str]] = (),
+        earlier: Earlier | None = None,
+        restarts: int = 3,
     ) -> None:
         """
         Args:
@@ -85,8 +86,8 @@ class Board:
             problems: the round's problems.
             finished: trees that are durable already, each with the name of its part file.
             trees: directory of the part files.
-            earlier: trees of the round before, with their part files: how long a problem took then is how long it is
-                expected to take.
+            earlier: trees of the round before: how long a problem took then is how long it is expected to take.
+            restarts: how often a tree may be lost with its shard, or given up by it; once more, and the round stops.
         """
         self._budget = budget
         self._problems = {problem.id: problem for problem in problems}
@@ -101,10 +102,12 @@ class Board:
         """How many of them each shard has."""
         self._open: Counter[str] = Counter()
         """Trees of a problem that are queued or in flight."""
-        self._attempts: Counter[TreeKey] = Counter()
+        self._failures: Counter[TreeKey] = Counter()
+        """How often each tree was lost with a shard that died, or given up."""
+        self._restarts = restarts
         self._live: dict[TreeKey, _Live] = {}
         self._directory = trees
-        self._earlier = tokens_a_rollout(earlier, self._problems)
+        self._earlier, self._note = earlier.tokens_a_rollout(self._problems) if earlier else ({}, "")
         self._typical = sum(self._earlier.values()) / len(self._earlier) if self._earlier else 1.0
         """Tokens a rollout of a problem of which nothing is known, while nothing is known of this round."""
         self._totals: Counter[str] = Counter()
@@ -132,7 +135,6 @@ class Board:
         while self._queue and len(tasks) < share:
             task = heapq.heappop(self._queue)[-1]
             key = TreeKey(task.problem.id, task.number)
-            self._attempts[key] += 1
             self._in_flight[key] = (shard, task)
             self._held[shard] += 1
             tasks.append(task)
@@ -148,7 +150,7 @@ class Board:
             if key in self._in_flight:
                 self._land(key)
                 self._close(key.problem_id)
-            self._attempts.pop(key, None)
+            self._failures.pop(key, None)
             self._live[key] = _Live(shard, summary, reference[0])
             self._count(summary, +1)
             self._go_on(key.problem_id)
@@ -167,11 +169,11 @@ class Board:
         if key in self._in_flight:
             self._again(key, reason)
 
-    def give_back(self, shard: str) -> None:
-        """A shard died: queue all it held again, what it had published but not made durable included."""
+    def give_back(self, shard: str, died: bool = False) -> None:
+        """A shard ended: queue all it held again, what it had published but not made durable included."""
         self._shards.discard(shard)
         for key in [key for key, (owner, _) in self._in_flight.items() if owner == shard]:
-            self._again(key, "its shard died")
+            self._again(key, "its shard died" if died else "")
         for key, live in [(key, live) for key, live in self._live.items() if live.shard == shard]:
             del self._live[key]
             self._count(live.summary, -1)
@@ -193,6 +195,7 @@ class Board:
             infrastructure_failures=self._totals["infrastructure_failures"],
             done=not self._queue and not self._in_flight and not self._live,
             failure=self._failure,
+            note=self._note,
             coverage={level: counts for level, counts in coverage.items() if counts[1]},
             classes={name: count for name, count in self._classes.items() if count},
         )
@@ -254,10 +257,14 @@ class Board:
             self._go_on(task.problem.id)
 
     def _again(self, key: TreeKey, reason: str) -> None:
-        """Queue a tree in flight again, or fail the round."""
+        """Queue a tree in flight again, or fail the round; without a reason it is nobody's failure."""
         task = self._land(key)
-        if self._attempts[key] >= MAX_ATTEMPTS:
-            self._failure = f"tree {key.number} of problem {key.problem_id} failed {MAX_ATTEMPTS} times: {reason}"
+        self._failures[key] += bool(reason)
+        if self._failures[key] > self._restarts:
+            self._failure = (
+                f"tree {key.number} of problem {key.problem_id} failed {self._failures[key]} times, {self._restarts} "
+                f"times are mended (cluster.restarts): {reason}"
+            )
         self._push(task)
 
     def _name_part(self, problem_id: str, name: str) -> None:
@@ -322,51 +329,3 @@ def statistics(problem_id: str, parts: Sequence[Place], *batches: pa.RecordBatch
         table = pq.read_table(readable(path), columns=STATISTICS, filters=pc.field("problem_id") == problem_id)
         tables.append(table.select(STATISTICS))
     return pa.concat_tables(tables).sort_by([("tree", "ascending"), ("node", "ascending")])
-
-
-def tokens_a_rollout(trees: Iterable[tuple[TreeSummary, str]], wanted: Container[str]) -> dict[str, float]:
-    """By problem, of those `wanted`, the tokens that a rollout took."""
-    sums: dict[str, tuple[int, int]] = {}
-    for summary, _ in trees:
-        if summary.problem_id in wanted:
-            tokens, rollouts = sums.get(summary.problem_id, (0, 0))
-            sums[summary.problem_id] = (tokens + summary.sampled_tokens, rollouts + summary.rollouts)
-    return {problem: tokens / rollouts for problem, (tokens, rollouts) in sums.items() if rollouts}
-
-
-@dataclass(frozen=True, slots=True)
-class Summaries:
-    """The trees of part files, each with the name of its part, read as they are iterated over.
-
-    Small to send to the actor that wants them; one file is in memory at a time.
-    """
-
-    directory: Place
-    parts: tuple[str, ...]
-
-    def __iter__(self) -> Iterator[tuple[TreeSummary, str]]:
-        columns = ["rollouts", "sampled_tokens", "scored_tokens", "infrastructure_failures"]
-        for name in self.parts:
-            wanted = ["problem_id", "tree", "correct", "code", "status", *columns]
-            table = pq.read_table(readable(self.directory / name), columns=wanted)
-            table = table.append_column("right", pc.cast(pc.fill_null(table["correct"], False), pa.int32()))
-            table = table.append_column("graded", pc.cast(pc.is_valid(table["correct"]), pa.int32()))
-            executed = pc.and_(
-                pc.not_equal(table["code"], ""), pc.not_equal(table["status"], Status.INFRASTRUCTURE.value)
-            )
-            table = table.append_column("executed", pc.cast(executed, pa.int32()))
-            sums = [(column, "sum") for column in ("right", "graded", "executed")]
-            grouped = table.group_by(["problem_id", "tree"], use_threads=False).aggregate(
-                [("right", "count"), *sums, *((column, "max") for column in columns)]
-            )
-            for row in grouped.to_pylist():
-                summary = TreeSummary(
-                    problem_id=row["problem_id"],
-                    number=row["tree"],
-                    nodes=row["right_count"],
-                    correct=row["right_sum"],
-                    wrong=row["graded_sum"] - row["right_sum"],
-                    executions=row["executed_sum"],
-                    **{column: row[f"{column}_max"] for column in columns},
-                )
-                yield summary, name

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import uuid
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -226,8 +225,8 @@ class _Round:
                 self.flush.clear()
             finished, self.finished = self.finished, []
             if finished:
-                name = f"part-{self.name}-{uuid.uuid4().hex[:8]}.parquet"
-                part = await asyncio.to_thread(write_part, self.job.trees, name, [batch for batch, _ in finished])
+                stem = f"part-{self.name}"
+                part = await asyncio.to_thread(write_part, self.job.trees, stem, [batch for batch, _ in finished])
                 await self.board.durable.remote(part)
                 del finished  # the references that keep its trees in the object store
 

@@ -42,11 +42,11 @@ def evaluate(run: Run, k: int) -> None:
     publish_rows(directory.eval / "records.json", map(asdict, records))
     seconds = time.monotonic() - started
     skipped = sum(record.skipped for record in records)
+    values: dict[str, Any] = {f"evaluation/{row['method']}": row["accuracy"]["value"] for row in rows}
+    run.metrics.log(k, values | {"evaluation/seconds": seconds}, policy_digest=policy.digest)
     directory.record("evaluation", rows=rows, problems=len(records), skipped=skipped, seconds=seconds)
     kept.remove()
     run.line.end(f"{_name(k)}: evaluated in {duration(seconds)}")
-    values: dict[str, Any] = {f"evaluation/{row['method']}": row["accuracy"]["value"] for row in rows}
-    run.metrics.log(k, values | {"evaluation/seconds": seconds}, policy_digest=policy.digest)
 
 
 @dataclass(slots=True)

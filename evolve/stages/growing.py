@@ -8,17 +8,19 @@ are durable, and gets the others back; so a tree is counted once, and grown agai
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Container, Sequence
 from typing import Any, Protocol
 
 import ray
 from ray.exceptions import RayActorError, RayTaskError
 
 from evolve.fleet import CLIENT_START_S
+from evolve.placement import listed
 from evolve.search.board import Progress
 from evolve.search.shard import SearchJob
 from evolve.service import Question, ServiceError, get
-from evolve.store.parts import mend_parts, mended_parts
+from evolve.store.parts import Parts, mend_parts, mended_parts
+from evolve.store.run import RunError
 from evolve.store.trees import Part
 from evolve.watch import Watch
 
@@ -47,18 +49,30 @@ class Shards(Protocol):
 class Growing:
     """Grows the trees of one round on a fleet; whoever waits for it calls `poll` about once a second."""
 
-    def __init__(self, fleet: Shards, job: SearchJob, make_board: Callable[[], Any]) -> None:
-        """`make_board` makes the actor from the part files that are there."""
+    def __init__(
+        self, fleet: Shards, job: SearchJob, make_board: Callable[[Parts], tuple[Any, float]], problems: Container[str]
+    ) -> None:
+        """
+        Args:
+            make_board: makes the actor from the part files that are there; returns it with the seconds that its start
+                may take.
+            problems: ids of those whose trees are grown.
+
+        Raises:
+            RunError: there are trees of other problems.
+        """
         self._fleet, self._job, self._make_board = fleet, job, make_board
         self.notes: list[str] = []
         """What had to be mended, for the user."""
         self._growing: dict[Any, tuple[str, Any]] = {}
         """Name and handle of the shard by its call of `grow`."""
         self._stats: dict[str, tuple[Question, dict[str, dict[str, float]]]] = {}
+        self._problems = problems
+        self._start_s = CLIENT_START_S
         self._board = self._new_board()
         self._progress = Question(lambda: self._board.progress.remote(), PROGRESS_S)
         self.latest: Progress | None = None
-        fleet.watch.add(BOARD, self._board, CLIENT_START_S, replace=self._new_board, hosted=False)
+        fleet.watch.add(BOARD, self._board, self._start_s, replace=self._another_board, hosted=False)
 
     def poll(self) -> bool:
         """Look after shards and board; whether all trees are durable.
@@ -105,6 +119,7 @@ class Growing:
         A shard that could not be reached may live: it is ended, for it must not grow twice at once.
         """
         name, shard = self._growing.pop(ref)
+        died = False
         try:
             get(ref, SETTLE_S, f"the end of {name}")
         except RayTaskError as error:
@@ -112,9 +127,10 @@ class Growing:
                 raise
             # The board is dead; its watch makes another.
         except RayActorError:
+            died = True
             ray.kill(shard)
             self._announce(name)
-        self._board.give_back.remote(name)
+        self._board.give_back.remote(name, died)
         self._stats.pop(name, None)
 
     def _announce(self, name: str) -> None:
@@ -124,9 +140,14 @@ class Growing:
 
     def _hear(self) -> None:
         try:
-            self.latest = self._progress.poll(time.monotonic()) or self.latest
+            found = self._progress.poll(time.monotonic())
         except RayActorError:
             self.latest = None
+            return
+        if found is not None:
+            if self.latest is None and found.note:
+                self.notes.append(found.note)
+            self.latest = found
 
     def _hear_stats(self) -> None:
         for group in self._fleet.groups:
@@ -138,13 +159,26 @@ class Growing:
                 continue
             self._stats[group.name] = (question, known)
 
-    def _new_board(self) -> Any:
-        """A board that knows the trees on disk; shards that grew for another one are stopped before."""
+    def _another_board(self) -> Any:
+        """In a dead board's place; shards that grew for that one are stopped before."""
         self._stop_shards()
         self.latest = None
-        self.notes += mended_parts(self._job.trees).notes
-        self._board = self._make_board()
+        self._board = self._new_board()
+        self._fleet.watch.allow(BOARD, self._start_s)
         return self._board
+
+    def _new_board(self) -> Any:
+        """A board that knows the trees on disk."""
+        parts = mended_parts(self._job.trees, wanted=self._problems)
+        self.notes += parts.notes
+        if parts.others:
+            raise RunError(
+                f"{self._job.trees} holds trees of {len(parts.others)} problems that round {self._job.plan.round} has "
+                f"no longer: {listed(parts.others, 5)}. Give it the problems that it was begun with, or use another "
+                f"run.name; or move {self._job.trees} away, and all of the round's trees are grown anew."
+            )
+        board, self._start_s = self._make_board(parts)
+        return board
 
     def _stop_shards(self) -> None:
         """Have every shard make durable what it has finished; those that do not in time are ended."""

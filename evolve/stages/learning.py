@@ -77,25 +77,25 @@ def _changed_rows(directory: RoundDirectory) -> list[Place]:
 
 
 def train(run: Run, k: int) -> None:
-    """Fine-tune the policy of round `k` from the base model, then its PPM from that policy."""
+    """Fine-tune the policy of round `k` from the base model, then its PPM from that policy.
+
+    Raises:
+        RunError: the policy, made before, is not what it was; or an earlier round's rows are not.
+    """
     directory = run.directory.round(k)
     config = run.config
-    stages: dict[str, tuple[str, SFTConfig | PPMConfig]] = {
-        "sft": (run.base.path, config.sft),
-        "ppm": (str(directory.sft / "checkpoint"), config.ppm),
-    }
+    stages: dict[str, SFTConfig | PPMConfig] = {"sft": config.sft, "ppm": config.ppm}
     missing = [stage for stage in stages if directory.finished(stage) is None]
     if not missing:
         return
     run.fleet.release()
     run.resize_trainers(partial_of(directory.path / missing[0] / "checkpoint"))
     for stage in missing:
-        initial, settings = stages[stage]
         started = time.monotonic()
         run.line.show(f"round {k}: {stage} training", force=True)
         job = TrainJob(
-            config=settings,
-            initial=initial,
+            config=stages[stage],
+            initial=(run.base if stage == "sft" else run.policy(k)).path,
             rows=tuple(str(path) for path in _row_files(run, k, stage)),
             output=str(directory.path / stage / "checkpoint"),
             seed=config.run.seed,
@@ -105,10 +105,10 @@ def train(run: Run, k: int) -> None:
         seconds = time.monotonic() - started
         found = digest(result.output)
         counts = (directory.finished("rows") or {}).get(stage, {})
-        directory.record(stage, digest=found, rows=counts, metrics=dict(result.metrics), seconds=seconds)
-        run.line.end(f"round {k}: {stage} trained in {duration(seconds)}, loss {result.metrics['loss']:.3f}")
         values = {f"{stage}/{name}": value for name, value in result.metrics.items()}
         run.metrics.log(k, values | {f"{stage}/seconds_total": seconds}, **{f"{stage}_digest": found})
+        directory.record(stage, digest=found, rows=counts, metrics=dict(result.metrics), seconds=seconds)
+        run.line.end(f"round {k}: {stage} trained in {duration(seconds)}, loss {result.metrics['loss']:.3f}")
     if run.fleet.device == "gpu":
         run.trainers.close()
 

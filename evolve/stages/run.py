@@ -3,25 +3,25 @@
 from __future__ import annotations
 
 import os
+import re
 import shlex
 import sys
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import ray
+from ray.exceptions import RayError
 from rich.console import Console
 
 from evolve import cluster, report
-from evolve.config import differences, read, to_yaml
 from evolve.errors import EvolveError, StorageError
 from evolve.files import (
     Place,
     entries,
     is_published,
-    publish_file,
     remove_asides,
     remove_tree,
     storage_errors,
@@ -35,8 +35,8 @@ from evolve.problems import ProblemSet, load_problems
 from evolve.progress import ProgressLine, duration
 from evolve.remote import RemotePath
 from evolve.schema import EvolveConfig
-from evolve.stages.changes import affected
 from evolve.stages.ending import Lifeline, obey_signals
+from evolve.stages.start import check_same_start, inputs_of, record_start
 from evolve.store.lease import driver_lock
 from evolve.store.parts import PATTERN
 from evolve.store.run import RoundDirectory, RunDirectory, RunError
@@ -127,11 +127,12 @@ def open_run(config: EvolveConfig, engines: Engines = Engines()) -> Iterator[Run
         lock.acquire()
         ending.callback(lock.release)
         remove_asides(directory.path)
-        _check_same_configuration(config, directory)
+        inputs = inputs_of(config, problems)
+        check_same_start(config, directory, inputs)
         device = cluster.connect(config.cluster)
         if device == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, once imported here, warns of it
-        publish_file(directory.config, lambda aside: aside.write_text(to_yaml(config)))
+        record_start(config, directory, inputs)
         metrics = report.Metrics(directory, config, line.end)
         ending.callback(metrics.close)  # last of all that ends with the lock held: no accelerator waits for a network
         obey_signals()  # after Ray, which sets a handler of its own
@@ -154,7 +155,7 @@ def open_run(config: EvolveConfig, engines: Engines = Engines()) -> Iterator[Run
                 yield Run(config, directory, problems, base, fleet, trainers, metrics, line, console)
         except RunError:
             raise
-        except EvolveError as error:
+        except (EvolveError, RayError) as error:  # also a task's own error, or the memory of its node
             line.end("stopped")
             raise RunError(f"{error}\n{_safe(directory)}") from error
 
@@ -163,14 +164,23 @@ def _safe(directory: RunDirectory) -> str:
     """What a stopped run keeps, and how to go on."""
     lines = [f"Safe in {directory.path}:"]
     try:
-        for path in sorted(entries(directory.path, "round-*"), key=lambda path: int(path.name.partition("-")[2])):
-            finished = ", ".join(RoundDirectory(path, 0).manifest()) or "nothing finished yet"
-            parts = len(entries(path / "trees", PATTERN))
-            lines.append(f"  {path.name}: {finished}" + (f"; {parts} files of whole trees" if parts else ""))
+        for found in _rounds(directory):
+            parts = len(entries(found.trees, PATTERN))
+            try:
+                finished = ", ".join(found.manifest()) or "nothing finished yet"
+            except RunError:
+                finished = "its manifest is not readable"
+            lines.append(f"  {found.path.name}: {finished}" + (f"; {parts} files of whole trees" if parts else ""))
     except StorageError:
         lines.append("  what was finished there; it does not answer now")
     lines.append(f"To go on: python -m evolve.driver {shlex.join(sys.argv[1:])}".rstrip())
     return "\n".join(lines)
+
+
+def _rounds(directory: RunDirectory) -> list[RoundDirectory]:
+    """The rounds that were begun, in order; a user's copies of them are none."""
+    matches = (re.fullmatch(r"round-(\d+)", path.name) for path in entries(directory.path, "round-*"))
+    return [directory.round(k) for k in sorted(int(match[1]) for match in matches if match)]
 
 
 def rounds_to_do(run: Run) -> list[int]:
@@ -186,24 +196,6 @@ def _check_order(config: EvolveConfig, directory: RunDirectory) -> None:
     for earlier in range(1, config.round or 1):
         for stage in ("sft", "ppm"):
             checkpoint(directory.round(earlier), stage)
-
-
-def _check_same_configuration(config: EvolveConfig, directory: RunDirectory) -> None:
-    """Compare the resolved configuration with the one the run was started with."""
-    if directory.config.exists():
-        changed = differences(read(directory.config), config)
-        if changed and not config.run.allow_changes:
-            finished = {k: directory.round(k).manifest() for k in range(len(config.rounds) + 1)}
-            keys = [f"  {key}: {old!r} -> {new!r}\n{_would_change(key, finished)}" for key, old, new in changed]
-            raise RunError(
-                f"{directory.path} was started under another configuration:\n" + "\n".join(keys) + "\n"
-                "Use another run.name, or run.allow_changes=true to continue: what is finished stays as it is."
-            )
-
-
-def _would_change(key: str, finished: Mapping[int, Iterable[str]]) -> str:
-    found = affected(key, finished)
-    return f"    would have changed {'; '.join(found) if found else 'nothing that is finished'}"
 
 
 def _base_model(config: EvolveConfig, directory: RunDirectory, line: ProgressLine) -> Checkpoint:

@@ -12,25 +12,28 @@ from ray.exceptions import RayActorError
 
 from evolve.config import resolve_round
 from evolve.files import entries, file_digest
-from evolve.fleet import Checkpoint
+from evolve.fleet import CLIENT_START_S, Checkpoint
 from evolve.policy.formats import format_named
 from evolve.policy.prompts import worked_examples
 from evolve.problems import for_round
 from evolve.progress import duration
 from evolve.schema import EvolveConfig, Generator, ValueKind
-from evolve.search.board import Board, Progress, Summaries
+from evolve.search.board import Board, Progress
 from evolve.search.budget import EscalatingBudget
+from evolve.search.grown import Earlier, Summaries
 from evolve.search.shard import SearchJob
 from evolve.service import ServiceError, get
 from evolve.stages.growing import Growing
 from evolve.stages.run import Run, shared_model
-from evolve.store.parts import PATTERN, damaged_parts, mended_parts, set_aside
+from evolve.store.parts import PATTERN, Parts, damaged_parts, mended_parts, set_aside
 from evolve.store.run import RoundDirectory, RunError
 from evolve.types import Problem, RoundPlan, Sampling
 
 POLL_S = 0.25
 STATS_S = 5.0
 SANDBOX_S = 120.0
+PART_START_S = 0.5
+"""For a board to read one part file: several times what 64 trees of a thousand nodes take from a disk."""
 
 
 def grow_trees(run: Run, k: int) -> None:
@@ -50,7 +53,8 @@ def grow_trees(run: Run, k: int) -> None:
     run.fleet.load(policy, ppm, engine)
     sandboxes = _sandboxes(run, k)
     job = _search_job(run, plan, directory, policy, ppm, (engine or config.policy.engine).max_model_len)
-    growing = Growing(run.fleet, job, lambda: _board(run, plan, problems, directory))
+    ids = frozenset(problem.id for problem in problems)
+    growing = Growing(run.fleet, job, lambda parts: _board(run, plan, problems, directory, parts), ids)
     try:
         progress = _watch(run, k, growing, started)
     finally:
@@ -58,6 +62,17 @@ def grow_trees(run: Run, k: int) -> None:
     _check_infrastructure(run.config, progress)
     seconds = time.monotonic() - started
     parts = _parts(directory, progress)
+    run.metrics.log(
+        k,
+        {
+            "search/coverage": progress.solved / progress.problems,
+            "search/trees": progress.trees,
+            "search/tokens": progress.sampled_tokens,
+            "search/seconds": seconds,
+            "search/infrastructure_failures": progress.infrastructure_failures,
+        },
+        policy_digest=policy.digest,
+    )
     directory.record(
         "search", **asdict(progress), parts=parts, policy=policy.digest, sandboxes=sandboxes, seconds=seconds
     )
@@ -69,17 +84,6 @@ def grow_trees(run: Run, k: int) -> None:
     run.line.end(
         f"round {k}: {progress.trees} trees in {duration(seconds)}, {progress.solved} of {progress.problems} "
         f"problems solved"
-    )
-    run.metrics.log(
-        k,
-        {
-            "search/coverage": progress.solved / progress.problems,
-            "search/trees": progress.trees,
-            "search/tokens": progress.sampled_tokens,
-            "search/seconds": seconds,
-            "search/infrastructure_failures": progress.infrastructure_failures,
-        },
-        policy_digest=policy.digest,
     )
 
 
@@ -133,22 +137,21 @@ def few_shot(config: EvolveConfig) -> str:
     return worked_examples(format_named(config.policy.format))
 
 
-def _board(run: Run, plan: RoundPlan, problems: tuple[Problem, ...], directory: RoundDirectory) -> Any:
-    """The round's board, knowing the trees that earlier runs made durable."""
+def _board(
+    run: Run, plan: RoundPlan, problems: tuple[Problem, ...], directory: RoundDirectory, parts: Parts
+) -> tuple[Any, float]:
+    """The round's board, knowing the trees that earlier runs made durable; and the seconds that its start may take."""
     directory.trees.mkdir(parents=True, exist_ok=True)
-    finished = _grown(directory)
-    same_problems = plan.round > 1 and run.config.problems.per_round is None
-    earlier = _grown(run.directory.round(plan.round - 1)) if same_problems else ()
-    return (
-        ray.remote(Board)
-        .options(num_cpus=0)
-        .remote(EscalatingBudget(plan), problems, finished, directory.trees, earlier)
-    )
-
-
-def _grown(directory: RoundDirectory) -> Summaries:
-    """What is in a round's part files."""
-    return Summaries(directory.trees, tuple(path.name for path in entries(directory.trees, PATTERN)))
+    finished = Summaries(directory.trees, tuple(parts.trees))
+    earlier = None
+    if plan.round > 1 and run.config.problems.per_round is None:  # then it has the same problems
+        before = run.directory.round(plan.round - 1).trees
+        earlier = Earlier(before, tuple(path.name for path in entries(before, PATTERN)))
+    files = len(finished.parts) + (len(earlier.parts) if earlier else 0)
+    restarts = run.config.cluster.restarts
+    made: Any = ray.remote(Board).options(num_cpus=0)
+    board = made.remote(EscalatingBudget(plan), problems, finished, directory.trees, earlier, restarts)
+    return board, CLIENT_START_S + files * PART_START_S
 
 
 def _reopened(run: Run, directory: RoundDirectory) -> bool:

@@ -7,15 +7,16 @@ and the trees that are missing then are grown again.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import itertools
+from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from evolve.files import Place, entries, file_digest, publish_file, readable, rename
-from evolve.store.trees import TreeKey
+from evolve.files import Place, entries, file_digest, readable, rename
+from evolve.store.trees import TreeKey, ending_of, publish_part
 from evolve.tree import ROOT
 
 PATTERN = "part-*.parquet"
@@ -31,6 +32,8 @@ class Parts:
     """How many trees each holds, by its name; no tree occurs twice."""
     notes: tuple[str, ...]
     """What had to be mended."""
+    others: tuple[str, ...] = ()
+    """Ids of the problems, in order, that were not expected."""
 
     @property
     def count(self) -> int:
@@ -38,19 +41,25 @@ class Parts:
         return sum(self.trees.values())
 
 
-def mended_parts(directory: Place, pattern: str = PATTERN) -> Parts:
-    """The part files in `directory` whose names fit, once those that cannot be read are set aside and second copies of
-    trees dropped.
+def mended_parts(directory: Place, wanted: Container[str] | None = None) -> Parts:
+    """The part files in `directory`, once those that are not as written are set aside and second copies of trees
+    dropped. `wanted`: ids of the problems whose trees are expected; None: any.
 
     For the one driver of the run, while nothing is being written there. Of a tree only a hash is held.
     """
     notes: list[str] = []
-    trees = {name: len(keys) for name, keys in mend_parts(directory, pattern, notes)}
-    return Parts(trees, tuple(notes))
+    trees: dict[str, int] = {}
+    others: set[str] = set()
+    for name, keys in mend_parts(directory, PATTERN, notes):
+        trees[name] = len(keys)
+        if wanted is not None:
+            others.update(key.problem_id for key in keys if key.problem_id not in wanted)
+    return Parts(trees, tuple(notes), tuple(sorted(others)))
 
 
 def mend_parts(directory: Place, pattern: str, notes: list[str]) -> Iterator[tuple[str, tuple[TreeKey, ...]]]:
-    """As `mended_parts`, one part after the other: its name and the trees it holds. Adds to `notes`."""
+    """As `mended_parts` for the names that fit, one part after the other: its name and the trees it holds. Adds to
+    `notes`."""
     known: set[int] = set()
     for path in entries(directory, pattern):
         try:
@@ -58,14 +67,16 @@ def mend_parts(directory: Place, pattern: str, notes: list[str]) -> Iterator[tup
         except (OSError, pa.ArrowException, ValueError) as error:
             notes.append(set_aside(path, str(error).splitlines()[0]))
             continue
-        twice = {key for key in keys if hash(key) in known}
-        if twice:
-            notes.append(f"{path}: {len(twice)} of its {len(keys)} trees were in another part already; dropped")
-            keys = tuple(key for key in keys if key not in twice)
-            _keep_only(path, keys)
-        if keys:
-            known.update(map(hash, keys))
-            yield path.name, keys
+        name, kept = path.name, []
+        for number, key in enumerate(keys):
+            if hash(key) not in known:
+                known.add(hash(key))
+                kept.append(number)
+        if len(kept) < len(keys):
+            notes.append(f"{path}: {len(keys) - len(kept)} of its {len(keys)} trees were there already; dropped")
+            name = _keep_only(path, kept)
+        if kept:
+            yield name, tuple(keys[number] for number in kept)
 
 
 def set_aside(path: Place, reason: str) -> str:
@@ -87,21 +98,25 @@ def damaged_parts(directory: Place, recorded: Mapping[str, str]) -> dict[str, st
 
 
 def _keys(path: Place) -> tuple[TreeKey, ...]:
-    table = pq.read_table(readable(path), columns=["problem_id", "tree", "node"], page_checksum_verification=True)
+    """The trees of a part, in their order; raises ValueError when its content is not what was written."""
+    content = path.read_bytes()
+    if not path.name.endswith(ending_of(content)):
+        raise ValueError("its content has not the digest that its name says")
+    table = pq.read_table(pa.BufferReader(content), columns=["problem_id", "tree", "node"])
     roots = table.filter(pc.field("node") == ROOT)
-    if table.num_rows and not roots.num_rows:
-        raise ValueError("it holds nodes and no root")
     columns = (roots.column("problem_id").to_pylist(), roots.column("tree").to_pylist())
     return tuple(TreeKey(problem, number) for problem, number in zip(*columns, strict=True))
 
 
-def _keep_only(path: Place, keys: tuple[TreeKey, ...]) -> None:
-    """Write a part again with some of its trees; without any, remove it."""
-    if not keys:
-        path.unlink()
-        return
-    table = pq.read_table(readable(path), page_checksum_verification=True)
-    wanted = {(key.problem_id, key.number) for key in keys}
-    pairs = zip(table.column("problem_id").to_pylist(), table.column("tree").to_pylist(), strict=True)
-    kept = table.filter(pa.array([pair in wanted for pair in pairs]))
-    publish_file(path, lambda aside: pq.write_table(kept, aside, compression="zstd", write_page_checksum=True))
+def _keep_only(path: Place, kept: Sequence[int]) -> str:
+    """Write a part again with some of its trees, by their place in it; without any, only remove it. Returns the new
+    part's name."""
+    name = ""
+    if kept:
+        table = pq.read_table(readable(path), page_checksum_verification=True)
+        places = itertools.accumulate(node == ROOT for node in table.column("node").to_pylist())
+        wanted = {number + 1 for number in kept}
+        table = table.filter(pa.array([place in wanted for place in places]))
+        name = publish_part(path.parent, path.name.rpartition("-")[0], table)
+    path.unlink()
+    return name

@@ -2,6 +2,7 @@
 
     runs/NAME/
       config.yaml          the resolved configuration
+      inputs.json          digests of the problems and of the base model, by the keys that name them
       lock.json            which driver is at work here (lock-N.json in an object store)
       base/                the base model, where the project makes it (the tiny world)
       metrics.jsonl        every metric, one JSON object a line
@@ -120,6 +121,10 @@ class RunDirectory:
     @property
     def report(self) -> Place:
         return self.path / "report.json"
+
+    @property
+    def inputs(self) -> Place:
+        return self.path / "inputs.json"
 
     @property
     def config(self) -> Place:

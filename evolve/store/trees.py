@@ -3,11 +3,12 @@
 `SCHEMA` is the documented schema. A tree's own facts (problem, seed, digests, counters) stand on each of its rows, so
 that any row can be understood alone; they are constant within a tree and compress to almost nothing. The root's
 `token_ids` are the prompt. A part file holds whole trees only, and exists only complete: it is written aside, fsynced
-and renamed.
+and renamed. Its name carries a digest of its content.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -152,13 +153,27 @@ class Part:
     keys: tuple[TreeKey, ...]
 
 
-def write_part(directory: Place, name: str, trees: Sequence[pa.RecordBatch]) -> Part:
-    """Make trees (each a batch of `to_batch`) durable as `directory/name`; the file appears whole or not at all."""
-    table = pa.Table.from_batches(trees, SCHEMA)
-    path = directory / name
-    publish_file(path, lambda aside: pq.write_table(table, aside, compression="zstd", write_page_checksum=True))
+def write_part(directory: Place, stem: str, trees: Sequence[pa.RecordBatch]) -> Part:
+    """Make trees (each a batch of `to_batch`) durable as `directory/stem-DIGEST.parquet`; the file appears whole or not
+    at all."""
+    name = publish_part(directory, stem, pa.Table.from_batches(trees, SCHEMA))
     keys = tuple(TreeKey(batch["problem_id"][0].as_py(), batch["tree"][0].as_py()) for batch in trees)
     return Part(name, keys)
+
+
+def publish_part(directory: Place, stem: str, table: pa.Table) -> str:
+    """Write a table of whole trees as a part file; returns its name, which ends as `ending_of` says."""
+    sink = pa.BufferOutputStream()
+    pq.write_table(table, sink, compression="zstd", write_page_checksum=True)
+    content = sink.getvalue()
+    name = f"{stem}{ending_of(content)}"
+    publish_file(directory / name, lambda aside: aside.write_bytes(content))
+    return name
+
+
+def ending_of(content: bytes | pa.Buffer) -> str:
+    """How the name of a part with this content ends: until a manifest names the part, that is what tells of damage."""
+    return f"-{hashlib.sha256(content).hexdigest()[:16]}.parquet"
 
 
 def read_part(path: Place) -> list[Tree]:

@@ -2,6 +2,7 @@
 
 import pytest
 
+from benchmarks.chaos.__main__ import GOALS
 from benchmarks.chaos.outcome import differences
 from benchmarks.chaos.plan import STAGES, TARGETS, Kill, plan_kills, works
 
@@ -77,3 +78,9 @@ def test_everything_must_be_equal_but_what_depends_on_samples(
 ) -> None:
     assert differences(OUTCOME, OUTCOME | change, exact=True) == exact
     assert differences(OUTCOME, OUTCOME | change, exact=False) == served
+
+
+def test_a_kill_that_found_nothing_to_kill_misses_the_goals() -> None:
+    record = {"trees_twice": 0, "faults": 0, "processes_left": 0, "kills_without_target": 0}
+    assert all(goal.met(record) for goal in GOALS)
+    assert not all(goal.met(record | {"kills_without_target": 1}) for goal in GOALS)

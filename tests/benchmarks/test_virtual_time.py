@@ -124,8 +124,8 @@ def no_ray_and_no_files(monkeypatch: pytest.MonkeyPatch) -> None:
     async def at_once(function: Callable[..., Any], *arguments: Any) -> Any:
         return function(*arguments)
 
-    def keep_nothing(directory: Path, name: str, trees: Sequence[Any]) -> Part:
-        return Part(name, tuple(TreeKey(tree["problem_id"][0].as_py(), tree["tree"][0].as_py()) for tree in trees))
+    def keep_nothing(directory: Path, stem: str, trees: Sequence[Any]) -> Part:
+        return Part(stem, tuple(TreeKey(tree["problem_id"][0].as_py(), tree["tree"][0].as_py()) for tree in trees))
 
     monkeypatch.setattr(shard, "ray", SimpleNamespace(put=lambda batch: batch))
     monkeypatch.setattr(shard, "write_part", keep_nothing)

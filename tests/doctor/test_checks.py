@@ -229,6 +229,8 @@ def test_ports_in_use_are_named_with_the_option_that_moves_them():
 def test_what_the_plan_lacks_fails():
     assert not checks.failed(local.placement(()))
     assert checks.failed(local.placement(["round 1 search: a shard needs 8 GPUs"]))
+    [waits] = local.placement((), ["round 1 search: a shard needs 8 GPUs"])
+    assert (waits.status, bool(waits.fix)) == (Status.WARN, True)
 
 
 def test_every_check_that_is_not_ok_has_a_fix():

@@ -38,9 +38,8 @@ def run(directory: Path, trees: list[Tree], a_part: int) -> tuple[dict, list[Tra
     directory.mkdir()
     parts = []
     for first in range(0, len(trees), a_part):
-        name = f"part-{first:03}.parquet"
-        write_part(directory, name, [to_batch(some) for some in trees[first : first + a_part]])
-        parts.append(directory / name)
+        batches = [to_batch(some) for some in trees[first : first + a_part]]
+        parts.append(directory / write_part(directory, f"part-{first:03}", batches).name)
     files = RowsFiles(directory / "sft.parquet", directory / "ppm.parquet", directory / "partial")
     ids = {some.problem_id for some in trees} | {"never searched"}
     counts = extract(parts, ids, (), files, SFT, PPM, None, 120.0)

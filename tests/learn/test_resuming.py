@@ -6,7 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from evolve.learn.jobs import RESULT_FILE, TrainJob
 from evolve.learn.resuming import discard_checkpoints, find_checkpoint, workers_of_checkpoint
+from evolve.learn.training import _prepare
+from evolve.policy.checkpoint import digest
+from evolve.schema import SFTConfig
 
 
 def checkpoint(directory: Path, step: int, **meta: object) -> Path:
@@ -69,3 +73,20 @@ def test_the_newest_checkpoint_says_how_many_workers_go_on_from_it(tmp_path: Pat
     checkpoint(tmp_path, 9, workers=4)
     checkpoint(tmp_path, 10, workers=8)
     assert workers_of_checkpoint(tmp_path) == 8
+
+
+def test_the_checkpoints_of_a_training_that_died_once_it_had_published_are_removed(tmp_path: Path) -> None:
+    for name in ("initial", "output"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "model.safetensors").write_bytes(name.encode())
+    (tmp_path / "rows.parquet").touch()
+    job = TrainJob(SFTConfig(), f"{tmp_path}/initial", (f"{tmp_path}/rows.parquet",), f"{tmp_path}/output")
+    known = {"job": job.digest(), "digest": digest(job.output), "metrics": {"loss": 0.5}}
+    (tmp_path / "output" / RESULT_FILE).write_text(json.dumps(known))
+    (tmp_path / "output.partial").mkdir()
+    checkpoint(tmp_path / "output.partial", 5)
+    for _ in range(2):
+        done = _prepare(job)
+        assert done is not None
+        assert done.metrics == {"loss": 0.5}
+        assert not (tmp_path / "output.partial").exists()

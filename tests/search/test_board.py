@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 
 from evolve.schema import Generator, ValueKind
-from evolve.search.board import MAX_ATTEMPTS, Board, Summaries, statistics
+from evolve.search.board import Board, statistics
 from evolve.search.budget import EscalatingBudget, Standing, TreeSummary, TreeTask, difficulty_class, fair_share
+from evolve.search.grown import Earlier, Summaries
 from evolve.search.shard import summary_of
 from evolve.store.trees import Part, TreeKey, to_batch, write_part
 from evolve.tree import Tree
@@ -188,15 +189,37 @@ def test_a_fair_share_by_hand(room: int, own: int, waiting: int, in_flight: int,
     assert fair_share(room, own, waiting, in_flight, shards) == expected
 
 
+def round_before(directory: Path, tokens: dict[str, int]) -> Earlier:
+    """A part for each problem's tree."""
+    names = []
+    for problem, count in tokens.items():
+        tree = small_tree(problem)
+        tree.sampled_tokens = count
+        names.append(write_part(directory, f"part-{problem}", [to_batch(tree)]).name)
+    return Earlier(directory, tuple(names))
+
+
 def test_the_longest_expected_trees_go_first_and_the_harder_where_nothing_is_known(tmp_path: Path) -> None:
-    before = {"p0": 160, "p1": 640, "p2": 1440, "p3": 320, "gone": 9999}
-    earlier = [(replace(summary(problem, 0), sampled_tokens=tokens), "") for problem, tokens in before.items()]
+    earlier = round_before(tmp_path, {"p0": 160, "p1": 640, "p2": 1440, "p3": 320, "gone": 9999})
     known = board(tmp_path, plan(), earlier=earlier)
     assert [problem for problem, _ in keys(known.take("s", 4))] == ["p2", "p1", "p3", "p0"]
-    half = board(tmp_path, plan(), earlier=earlier[:2])
+    assert known.progress().note == ""
+    half = board(tmp_path, plan(), earlier=Earlier(tmp_path, earlier.parts[:2]))
     assert [problem for problem, _ in keys(half.take("s", 4))] == ["p1", "p3", "p2", "p0"], "unknown: as the mean"
     unknown = board(tmp_path, plan())
     assert [problem for problem, _ in keys(unknown.take("s", 4))] == ["p1", "p3", "p0", "p2"]
+
+
+def test_parts_of_the_round_before_that_cannot_be_read_cost_what_they_would_have_told_and_a_note(
+    tmp_path: Path,
+) -> None:
+    earlier = round_before(tmp_path, {"p0": 160, "p1": 640, "p2": 1440, "p3": 320})
+    cut, gone = (tmp_path / name for name in earlier.parts[2:])
+    cut.write_bytes(cut.read_bytes()[:-20])
+    gone.unlink()
+    some = board(tmp_path, plan(), earlier=earlier)
+    assert [problem for problem, _ in keys(some.take("s", 4))] == ["p1", "p3", "p2", "p0"]
+    assert some.progress().note.startswith(f"2 part files of the round before cannot be read ({cut}: ")
 
 
 def test_an_escalated_tree_goes_before_those_of_fewer_rollouts(tmp_path: Path) -> None:
@@ -219,14 +242,33 @@ def test_a_settled_problem_gets_no_further_tree(tmp_path: Path) -> None:
     assert some.progress().settled == 4
 
 
-def test_a_tree_whose_shard_dies_again_and_again_stops_the_round_and_is_named(tmp_path: Path) -> None:
-    some = board(tmp_path, plan(retry_trees=0))
-    for attempt in range(MAX_ATTEMPTS):
-        assert some.progress().failure == "", attempt
+def test_a_tree_whose_shard_dies_more_often_than_is_mended_stops_the_round_and_is_named(tmp_path: Path) -> None:
+    some = board(tmp_path, plan(retry_trees=0), restarts=3)
+    for _ in range(3):
         assert some.take("s", 8)
-        some.give_back("s")
-    assert "failed 3 times: its shard died" in some.progress().failure
+        some.give_back("s", died=True)
+        assert some.progress().failure == ""
+    assert some.take("s", 8)
+    some.give_back("s", died=True)
+    assert "failed 4 times, 3 times are mended (cluster.restarts): its shard died" in some.progress().failure
     assert some.take("s", 1) is None
+
+
+def test_a_tree_that_its_shard_cannot_grow_stops_the_round_after_as_many_times(tmp_path: Path) -> None:
+    some = board(tmp_path, plan(retry_trees=0), restarts=1)
+    for expected in ("", "p0 failed 2 times, 1 times are mended (cluster.restarts): no answer"):
+        assert some.take("s", 8)
+        some.give_up(TreeKey("p0", 0), "no answer")
+        assert expected in some.progress().failure
+        assert bool(expected) == bool(some.progress().failure)
+
+
+def test_shards_that_are_told_to_stop_fail_no_tree(tmp_path: Path) -> None:
+    some = board(tmp_path, plan(retry_trees=0), restarts=0)
+    for number in range(5):
+        assert some.take(f"s{number}", 8)
+        some.give_back(f"s{number}")
+        assert some.progress().failure == ""
 
 
 def test_a_round_is_done_only_when_its_trees_are_durable(tmp_path: Path) -> None:
@@ -266,9 +308,9 @@ def small_tree(problem: str) -> Tree:
 
 
 def test_summaries_of_a_continued_round_are_those_of_its_part_files(tmp_path: Path) -> None:
-    write_part(tmp_path, "part-a.parquet", [to_batch(small_tree("p0")), to_batch(small_tree("p1"))])
-    found = list(Summaries(tmp_path, ("part-a.parquet",)))
-    assert [part for _, part in found] == ["part-a.parquet"] * 2
+    part = write_part(tmp_path, "part-a", [to_batch(small_tree("p0")), to_batch(small_tree("p1"))]).name
+    found = list(Summaries(tmp_path, (part,)))
+    assert [name for _, name in found] == [part] * 2
     assert [(s.executions, s.infrastructure_failures) for s, _ in found] == [(2, 1)] * 2
     assert sorted((s for s, _ in found), key=lambda s: s.problem_id) == [
         summary_of(small_tree("p0")),
@@ -277,10 +319,10 @@ def test_summaries_of_a_continued_round_are_those_of_its_part_files(tmp_path: Pa
 
 
 def test_statistics_of_a_problem_come_from_part_files_and_batches_alike(tmp_path: Path) -> None:
-    write_part(tmp_path, "part-a.parquet", [to_batch(small_tree("p0")), to_batch(small_tree("p1"))])
-    some = Board(EscalatingBudget(plan()), PROBLEMS, Summaries(tmp_path, ("part-a.parquet",)), tmp_path)
+    part = write_part(tmp_path, "part-a", [to_batch(small_tree("p0")), to_batch(small_tree("p1"))]).name
+    some = Board(EscalatingBudget(plan()), PROBLEMS, Summaries(tmp_path, (part,)), tmp_path)
     found = some.sources("p1")
-    assert (found.batches, found.parts) == ((), (tmp_path / "part-a.parquet",))
+    assert (found.batches, found.parts) == ((), (tmp_path / part,))
     second = replace(small_tree("p1"), number=1)
     table = statistics("p1", found.parts, to_batch(second))
     assert table.column("tree").to_pylist() == [0] * 4 + [1] * 4

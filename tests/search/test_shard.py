@@ -169,7 +169,7 @@ def test_q_values_of_a_problem_are_had_while_the_round_runs_and_after_its_tree_i
         {"node": 0, "visits": 1, "q": 1.0, "correct": None},
         {"node": 1, "visits": 1, "q": 1.0, "correct": True},
     ]
-    ray.get(board.durable.remote(write_part(tmp_path, "part-s-0.parquet", [to_batch(tree)])))
+    ray.get(board.durable.remote(write_part(tmp_path, "part-s", [to_batch(tree)])))
     assert ray.get(board.sources.remote("p0")).batches == ()
     assert q_values(board, "p0").equals(live)
     with pytest.raises(KeyError, match="p1"):
@@ -225,7 +225,7 @@ def test_what_is_finished_while_the_last_part_is_written_is_made_durable_too(
     announced: list[Any] = []
     go_on, first = threading.Event(), True
 
-    def write(directory: Path, name: str, trees: Sequence[Any]) -> Any:
+    def write(directory: Path, stem: str, trees: Sequence[Any]) -> Any:
         nonlocal first
         if first:
             first = False

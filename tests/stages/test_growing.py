@@ -12,11 +12,12 @@ import pytest
 
 from evolve.fleet import Checkpoint, Engines, Fleet
 from evolve.schema import ClusterConfig, EvolveConfig, Generator, ValueKind, VerifierConfig
-from evolve.search.board import Board, Summaries
+from evolve.search.board import Board
 from evolve.search.budget import EscalatingBudget
+from evolve.search.grown import Summaries
 from evolve.search.shard import SearchJob
 from evolve.stages.growing import Growing
-from evolve.store.parts import mended_parts
+from evolve.store.parts import Parts, mended_parts
 from evolve.store.trees import read_part
 from evolve.types import Problem, RoundPlan, Sampling
 from tests.doubles import DoublePolicy, DoublePPM
@@ -50,11 +51,12 @@ def grow(fleet: Fleet, trees: Path, disturb: Callable[[Growing], None] | None = 
         policy=policy, ppm=None,
     )  # fmt: skip
 
-    def board() -> Any:
-        finished = Summaries(trees, tuple(sorted(path.name for path in trees.glob("part-*.parquet"))))
-        return ray.remote(Board).options(num_cpus=0).remote(EscalatingBudget(PLAN), PROBLEMS, finished, trees)
+    def board(parts: Parts) -> tuple[Any, float]:
+        finished = Summaries(trees, tuple(parts.trees))
+        made: Any = ray.remote(Board).options(num_cpus=0)
+        return made.remote(EscalatingBudget(PLAN), PROBLEMS, finished, trees), 300.0
 
-    growing = Growing(fleet, job, board)
+    growing = Growing(fleet, job, board, {problem.id for problem in PROBLEMS})
     deadline = time.monotonic() + 300
     try:
         while not growing.poll():

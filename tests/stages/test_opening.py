@@ -8,9 +8,11 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from ray.exceptions import OutOfMemoryError, RayError, RayTaskError, WorkerCrashedError
 
 from evolve.config import load
 from evolve.stages import run
+from evolve.store.run import RunDirectory, RunError
 
 
 def double(ended: list[str], name: str) -> Callable[..., Any]:
@@ -21,9 +23,9 @@ def double(ended: list[str], name: str) -> Callable[..., Any]:
     )
 
 
-def test_what_holds_accelerators_ends_before_wandb_and_the_lock_last(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.fixture
+def ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What has ended, in order, of a run whose parts are all doubles."""
     ended: list[str] = []
     names = {"driver_lock": "lock", "Lifeline": "lifeline", "TrainerGroup": "trainers", "Fleet": "fleet"}
     for attribute, name in names.items():
@@ -33,6 +35,39 @@ def test_what_holds_accelerators_ends_before_wandb_and_the_lock_last(
     for attribute in ("obey_signals", "trainer_workers", "_base_model"):
         monkeypatch.setattr(run, attribute, lambda *_: None)
     (tmp_path / "x").mkdir()
+    return ended
+
+
+def test_what_holds_accelerators_ends_before_wandb_and_the_lock_last(tmp_path: Path, ended: list[str]) -> None:
     with run.open_run(load(["conf=smoke", f"run.dir={tmp_path}", "run.name=x"])):
         assert ended == []
     assert ended == ["fleet", "trainers", "lifeline", "metrics", "lock"]
+
+
+@pytest.mark.parametrize(
+    "error",
+    [RayTaskError("extract", "Traceback: boom", ValueError("boom")), OutOfMemoryError("boom"), WorkerCrashedError()],
+)
+def test_a_failure_of_ray_too_ends_with_what_is_safe_and_what_to_type(
+    tmp_path: Path, ended: list[str], error: RayError
+) -> None:
+    directory = RunDirectory(tmp_path / "x")
+    for name in ("round-1", "round-1.bak", "round-10", "round-2"):
+        (directory.path / name).mkdir()
+    directory.round(2).record("search", trees=1)
+    (tmp_path / "x" / "round-10" / "manifest.json").write_text("{")
+    with (
+        pytest.raises(RunError) as stopped,
+        run.open_run(load(["conf=smoke", f"run.dir={tmp_path}", "run.name=x", "run.allow_changes=true"])),
+    ):
+        raise error
+    lines = str(stopped.value).splitlines()
+    assert lines[:-5] == str(error).splitlines()
+    assert lines[-5:-1] == [
+        f"Safe in {tmp_path}/x:",
+        "  round-1: nothing finished yet",
+        "  round-2: search",
+        "  round-10: its manifest is not readable",
+    ]
+    assert lines[-1].startswith("To go on: python -m evolve.driver")
+    assert stopped.value.__cause__ is error

@@ -26,8 +26,7 @@ def tree(problem: str) -> Tree:
 
 @pytest.fixture
 def part(tmp_path: Path) -> Path:
-    write_part(tmp_path, "part-a.parquet", [to_batch(tree("p0")), to_batch(tree("p1"))])
-    return tmp_path / "part-a.parquet"
+    return tmp_path / write_part(tmp_path, "part-a", [to_batch(tree("p0")), to_batch(tree("p1"))]).name
 
 
 def test_pandas_reads_a_row_a_node(part: Path) -> None:
