@@ -28,6 +28,16 @@ async def test_a_child_continues_from_its_parents_live_state(verifier: SandboxVe
     assert (second.status, second.stdout, second.replayed) == (Status.OK, "1 42\n", False)
 
 
+async def test_a_recursion_limit_is_kept_from_step_to_step(verifier: SandboxVerifier) -> None:
+    p, root = problem(), "import sys\nsys.setrecursionlimit(20000)"
+    function = "def f(n):\n    return 0 if n == 0 else 1 + f(n - 1)"
+    assert (await verifier.check(p, (), root)).ok
+    assert (await verifier.check(p, (root,), function)).ok
+    deep = await verifier.check(p, (root, function), "print(f(5000), sys.getrecursionlimit())")
+    other = await verifier.check(problem(), (), "import sys\nprint(sys.getrecursionlimit())")
+    assert (deep.status, deep.stdout, other.stdout) == (Status.OK, "5000 20000\n", "1000\n")
+
+
 async def test_siblings_never_see_each_other(verifier: SandboxVerifier) -> None:
     p, root = problem(), "items = [1]\nimport math"
     await verifier.check(p, (), root)
