@@ -32,6 +32,7 @@ class Node:
         "dead",
         "fate",
         "forking",
+        "greeted",
         "job",
         "key",
         "memory",
@@ -61,7 +62,8 @@ class Node:
         """What a snapshot died of."""
         self.dead = False
         """Its channel has closed; why is not known yet."""
-        self.started = time.monotonic()
+        self.started = self.greeted = time.monotonic()
+        """When it was commanded, and when it was known."""
         self.checked = 0.0
 
     def cpu(self) -> float:
@@ -142,6 +144,27 @@ def private_bytes(pid: int) -> int:
     except (FileNotFoundError, ProcessLookupError):
         return 0
     return min(int(fields[7]), int(fields[21])) * PAGE
+
+
+def waited_s(pid: int) -> float:
+    """Seconds that a process was ready to run and waited for a core, without those of a wait that goes on.
+
+    0.0 where the kernel does not count them.
+    """
+    try:
+        with open(f"/proc/{pid}/schedstat", "rb") as file:  # noqa: PTH123 (as above)
+            return int(file.read().split()[1]) / 1e9
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
+
+
+def is_runnable(pid: int) -> bool:
+    """Whether a process runs or waits for a core, and does not sleep."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123 (as above)
+            return file.read().rpartition(b")")[2].split()[0] == b"R"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def resident_bytes(pid: int) -> int:

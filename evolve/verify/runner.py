@@ -19,9 +19,11 @@ from evolve.verify.nodes import (
     Job,
     Node,
     digest,
+    is_runnable,
     parse_result,
     process_parents,
     resident_bytes,
+    waited_s,
 )
 from evolve.verify.server import FRAME, ProtocolError, Server, ServerState, make_channel, pass_pidfds, receive
 from evolve.verify.snapshots import Snapshots
@@ -37,6 +39,9 @@ SWEEP_S = 0.1
 
 SAMPLE_S = 0.05
 """How often the memory of a node that runs is looked at."""
+
+STARVED = 10.0
+"""Times its wall cap after which a step is given up that has waited for a core all the while."""
 
 NEAR = 0.75
 """Part of the memory that a process may add to its server's from which a kill by nobody is taken to be for it."""
@@ -134,10 +139,11 @@ class Runner:
         node.pid = pid
         node.clock = (~pid << 3) | 2
         node.state = RUNNING
+        node.greeted = time.monotonic()
         self.pids[pid] = node
         job = node.job
         assert job is not None
-        node.checked = node.started + min(job.cpu_s, job.wall_s, SAMPLE_S)
+        node.checked = node.greeted + min(job.cpu_s, job.wall_s, SAMPLE_S)
         self._stop_parent(node)
 
     def _stop_parent(self, node: Node) -> None:
@@ -324,14 +330,26 @@ class Runner:
             if node.state == STARTING:
                 self._not_greeted(node)
                 continue
-            cpu, wall = node.cpu(), now - node.started
-            node.peak = max(node.peak, resident_bytes(node.pid))
-            if cpu >= job.cpu_s:
-                self._fail(node, "timeout", f"more than {job.cpu_s:g} s of CPU time")
-            elif wall >= job.wall_s:
-                self._fail(node, "timeout", f"more than {job.wall_s:g} s of wall time")
-            else:
-                node.checked = now + max(0.001, min(job.cpu_s - cpu, job.wall_s - wall, SAMPLE_S))
+            self._check_times(node, job, now)
+
+    def _check_times(self, node: Node, job: Job, now: float) -> None:
+        """End a running node that is over its CPU time or its wall cap, or say when to look again.
+
+        The cap is for those that sleep: time that a node waited for a core is the machine's, and does not count.
+        """
+        cpu, wall = node.cpu(), now - node.greeted
+        node.peak = max(node.peak, resident_bytes(node.pid))
+        starved = wall >= STARVED * job.wall_s
+        if wall >= job.wall_s:
+            wall -= waited_s(node.pid)
+        if cpu >= job.cpu_s:
+            self._fail(node, "timeout", f"more than {job.cpu_s:g} s of CPU time")
+        elif wall >= job.wall_s and not is_runnable(node.pid):
+            self._fail(node, "timeout", f"more than {job.wall_s:g} s of wall time")
+        elif starved:
+            self._lose(node, Death("infrastructure", "the machine had no core to run the code on", False))
+        else:
+            node.checked = now + max(0.002, min(job.cpu_s - cpu, job.wall_s - wall, SAMPLE_S))
 
     def end_all_of(self, server: Server) -> list[Job]:
         """End what runs and waits in `server`; the jobs that were running."""

@@ -1,11 +1,14 @@
-# ruff: noqa: ASYNC221
+# ruff: noqa: ASYNC221, ASYNC240
 """What executing a step promises: state, isolation from siblings, typed verdicts, limits."""
 
 import asyncio
+import contextlib
 import json
+import os
 import subprocess
 import sys
 import textwrap
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -112,6 +115,40 @@ async def test_spinning_and_sleeping_end_at_their_limits(verifier: SandboxVerifi
     assert "CPU" in spin.message
     assert "wall" in sleep.message
     assert 0.3 <= spin.cpu_s < 1.0
+
+
+@contextlib.contextmanager
+def crowded_core(others: int) -> Iterator[None]:
+    """One core for this process and what it starts meanwhile, which `others` that never rest share."""
+    cores = os.sched_getaffinity(0)
+    os.sched_setaffinity(0, {max(cores)})
+    spinning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(others)]
+    try:
+        yield
+    finally:
+        for process in spinning:
+            process.kill()
+            process.wait()
+        os.sched_setaffinity(0, cores)
+
+
+async def test_time_in_which_a_step_waits_for_a_core_is_not_its_own() -> None:
+    if not Path("/proc/self/schedstat").exists():
+        pytest.skip("this kernel does not count the time that processes wait for a core")
+    spin = "import time\nend = time.process_time() + 0.3\nwhile time.process_time() < end:\n    pass"
+    sleep = "import time\ntime.sleep(60)"
+    verifier = SandboxVerifier(VerifierConfig(supervisors=1, cpu_s=0.4, wall_s=0.5))
+    try:
+        with crowded_core(3):
+            assert (await verifier.check(problem(), (), "import time")).ok
+            spun, slept = await asyncio.gather(
+                verifier.check(problem(), (), spin), verifier.check(problem(), (), sleep)
+            )
+    finally:
+        await verifier.close()
+    assert (spun.status, slept.status) == (Status.OK, Status.TIMEOUT)
+    assert spun.wall_s > 0.5
+    assert "wall" in slept.message
 
 
 async def test_memory_is_limited(verifier: SandboxVerifier) -> None:
