@@ -95,6 +95,20 @@ async def test_any_text_gets_a_verdict(verifier: SandboxVerifier, code: str, sta
     assert (verdict.status, verdict.exception) == (status, exception)
 
 
+@pytest.mark.parametrize("place", ["", "import math\n"], ids=["lane", "process"])
+async def test_lone_surrogates_become_replacement_characters(verifier: SandboxVerifier, place: str) -> None:
+    printed = await verifier.check(problem(), (), place + "print('a\\ud800b\\udc00')")
+    raised = await verifier.check(problem(), (), place + "int('\\udfff')")
+    named = await verifier.check(
+        problem(), (), place + "import abc\nraise type('E\\ud800', (Exception,), {})('\\ud800')"
+    )
+    assert (printed.status, printed.stdout) == (Status.OK, "a\ufffdb\ufffd\n")
+    assert spoke.message == "\ufffd"
+    for verdict in (printed, raised, spoke):
+        for text in (verdict.stdout, verdict.exception, verdict.message):
+            text.encode()
+
+
 async def test_output_is_capped_in_bytes_and_flagged(verifier: SandboxVerifier) -> None:
     exact = await verifier.check(problem(), (), "print('x' * 16383)")
     assert (len(exact.stdout), exact.truncated) == (16384, False)
@@ -212,7 +226,7 @@ async def test_the_command_line_escapes_what_a_step_says(tmp_path: Path) -> None
     done = await asyncio.to_thread(verify, file)
     assert (done.returncode, done.stderr) == (1, "")
     lines = [line.split(" (")[0] for line in done.stdout.splitlines()]
-    said = "\\ud800\\x1b\\nstep 3: ok"
+    said = "\\ufffd\\x1b\\nstep 3: ok"
     assert lines == ["step 1: ok", "\\x1b[2J\\x00\\xe9", f"step 2: error: ValueError {said} line 1"]
 
 
