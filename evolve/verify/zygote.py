@@ -188,11 +188,11 @@ def serve(
             continue
         channel.close()
         channel = socket(fileno=fd)
+        verb = packet[:1]
+        if depth == 0 and verb != b"A":  # All below inherit it; only here, before any code, may it be set.
+            limit_cpu()
         channel.send(b"H")
         depth += 1
-        verb = packet[:1]
-        if verb != b"A":
-            limit_cpu()
         if verb == b"C":
             code = packet[1:].decode("utf-8", "surrogatepass")
             del packet
