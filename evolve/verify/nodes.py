@@ -30,12 +30,15 @@ class Node:
         "checked",
         "clock",
         "dead",
+        "ended",
         "fate",
         "forking",
         "greeted",
+        "heirs",
         "job",
         "key",
         "memory",
+        "origin",
         "parent",
         "parent_cpu",
         "peak",
@@ -54,6 +57,14 @@ class Node:
         self.pid, self.pidfd, self.clock = 0, -1, 0
         self.forking = 0
         self.memory = 0
+        """What it is counted for as a snapshot, bytes."""
+        self.origin = parent
+        """The node it was forked from, whose pages it goes on sharing."""
+        self.heirs = 0
+        """Nodes forked from it that hold its pages, be they running, kept, or ended with heirs of their own."""
+        self.ended = False
+        if parent is not None:
+            parent.heirs += 1
         self.peak = 0
         """Most memory that it was seen to use while it ran, bytes."""
         self.parent_cpu = parent.cpu() if parent is not None else 0.0

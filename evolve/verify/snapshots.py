@@ -20,6 +20,7 @@ class Snapshots:
         self.budget, self.most = budget, most
         self.nodes: OrderedDict[str, Node] = OrderedDict()
         self.memory = 0
+        """Bytes of the kept ones, and of those ended whose pages live on in nodes forked from them."""
         self.fallen: OrderedDict[str, Death] = OrderedDict()
         """What states ended of that their own code has ended, by key."""
 
@@ -58,11 +59,18 @@ class Snapshots:
         return self.memory > self.budget or len(self.nodes) > self.most
 
     def discard(self, node: Node) -> None:
-        """Forget a node, if it is kept."""
+        """Forget a node that ends, kept or not; its memory counts until all forked from it have ended, too."""
         if self.nodes.get(node.key) is node:
             del self.nodes[node.key]
-            self.memory -= node.memory
-            node.memory = 0
+        node.ended = True
+        released: Node | None = node
+        while released is not None and released.ended and released.heirs == 0:
+            self.memory -= released.memory
+            released.memory = 0
+            above, released.origin = released.origin, None
+            if above is not None:
+                above.heirs -= 1
+            released = above
 
     def fell(self, key: str, death: Death) -> None:
         """A state has ended itself, if it was its code. Made again it would do so again, which is not tried for ever:

@@ -19,6 +19,7 @@ from evolve.verify.layers import detect, without
 from evolve.verify.nodes import Job, Node
 from evolve.verify.runner import Runner
 from evolve.verify.service import SandboxVerifier
+from evolve.verify.snapshots import Snapshots
 from evolve.verify.steps import prefix_keys
 from tests.verify.support import exit_status_is_known, problem, sandboxed
 
@@ -182,6 +183,35 @@ async def test_a_state_made_twice_at_once_keeps_the_one_that_may_be_forking() ->
     assert list(runner.live) == nodes[:1]
     assert [node.channel.fileno() >= 0 for node in nodes] == [True, False]
     nodes[0].channel.close()
+
+
+async def test_the_memory_of_an_evicted_state_counts_while_states_that_share_it_are_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("evolve.verify.snapshots.private_bytes", lambda pid: 40)
+    live = Snapshots(100, 99)
+    server: Any = None
+    channel: Any = None
+
+    def forked(key: str, parent: Node | None, keep: bool = True) -> Node:
+        request = {"i": 0, "k": "light", "o": "C", "c": ["a = 1"], "h": [key], "cpu": 1.0, "wall": 1.0}
+        node = Node(server, parent, Job(request), channel)
+        if keep:
+            live.add(node)
+        return node
+
+    root = forked("root", None)
+    child = forked("child", root)
+    running = forked("running", child, keep=False)
+    forked("other", None)
+    evicted = []
+    for node in live.surplus():
+        evicted.append(node)
+        live.discard(node)
+        live.discard(node)
+    assert (evicted, live.memory) == ([root, child], 120)
+    live.discard(running)
+    assert live.memory == 40
 
 
 async def test_long_steps_after_one_state_wait_for_each_other(verifier: SandboxVerifier) -> None:
