@@ -15,6 +15,8 @@ import pytest
 
 from evolve.schema import VerifierConfig
 from evolve.types import Status, Verdict
+from evolve.verify.__main__ import split_steps
+from evolve.verify.selftest import load
 from evolve.verify.service import SandboxVerifier
 from evolve.verify.steps import prefix_keys
 from tests.verify.support import early_deaths_are_known, problem
@@ -213,6 +215,56 @@ async def test_the_flags_of_the_sandboxs_own_code_are_not_a_steps(verifier: Sand
     assert (await verifier.check(problem(), (), code)).stdout == "{'x': <class 'int'>}\n2\n"
 
 
+CODE = "\n<code>\na = 1\n<end_of_step># Next.\nb = 2\n<end_of_code>"
+WHOLE = CODE + "\n<output>2<end_of_output>\n<answer>2<end_of_answer>"
+    "\n<code>\na = 1\n<end_of_step># Next.\nb = 2\n<end_of_code>\n<output>2<end_of_output>\n<answer>2<end_of_answer>"
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "steps"),
+    [
+        (WHOLE, ["a = 1", "# Next.\nb = 2"]),
+        ("a = 1 <end_of_step>\nb = 2", ["a = 1 ", "b = 2"]),
+        ("print(1)\n# the tag <end_of_code> is not here\nprint(2)", None),
+        ("s = '<code>'\nprint(len(s))", None),
+        ("s = '<end_of_step>'\nprint(len(s))", None),
+        ("", None),
+    ],
+)
+async def test_a_files_boundaries_count_only_where_step_formats_put_them(text: str, steps: list[str] | None) -> None:
+    assert split_steps(text) == ([text] if steps is None else steps)
+
+
+async def test_what_follows_the_end_of_a_files_code_is_not_lost_silently() -> None:
+    with pytest.raises(ValueError, match="line 3: only <output> and <answer> may follow <end_of_code>"):
+        split_steps("print(1)\n<end_of_code>\nprint(2)")
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        ({"code": 2}, "'a': code is 2; it must be a string"),
+        ({"expect": ["status_in"]}, "expect is .*; it must be an object"),
+        (
+            {"expect": {"status_in": ["ok"], "stdout_contian": ["x"]}},
+            "unknown key expect.stdout_contian; it must",
+        ),
+        ({"expect": {"status_in": "ok"}}, "expect.status_in is 'ok'; it must be a list of strings"),
+        ({"expect": {"status_in": ["fine"]}}, "unknown expect.status_in .*; they must be of .*oom"),
+        ({"expect": {}}, "the key expect.status_in is missing"),
+        ({"timeout": 2}, "unknown key timeout; it must be one of .*timeout_s"),
+        ({"timeout_s": -1}, "timeout_s is -1; it must be a number above 0"),
+    ],
+)
+async def test_a_senseless_snippets_file_is_refused(tmp_path: Path, changes: dict[str, object], said: str) -> None:
+    file = tmp_path / "snippets.json"
+    file.write_text(json.dumps([{"name": "a", "code": "print(1)", "expect": {"status_in": ["ok"]}, **changes}]))
+    with pytest.raises(ValueError, match=said) as caught:
+        load(file)
+    assert str(file) in str(caught.value)
+
+
 def verify(file: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "evolve.verify", *arguments, str(file)]
     return subprocess.run(command, cwd=REPOSITORY, capture_output=True, text=True, check=False)
@@ -226,6 +278,14 @@ async def test_the_command_line_escapes_what_a_step_says(tmp_path: Path) -> None
     lines = [line.split(" (")[0] for line in done.stdout.splitlines()]
     said = "\\ufffd\\x1b\\nstep 3: ok"
     assert lines == ["step 1: ok", "\\x1b[2J\\x00\\xe9", f"step 2: error: ValueError {said} line 1"]
+
+
+async def test_snippets_are_not_taken_with_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "steps.py"
+    file.write_text("print(1)")
+    done = await asyncio.to_thread(verify, file, "--snippets", str(file))
+    assert (done.returncode, done.stdout) == (2, "")
+    assert "--snippets is for --self-test" in done.stderr
 
 
 @pytest.mark.parametrize(("status", "returncode"), [("refused", 0), ("ok", 1)])
