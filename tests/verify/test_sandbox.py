@@ -217,8 +217,6 @@ async def test_the_flags_of_the_sandboxs_own_code_are_not_a_steps(verifier: Sand
 
 CODE = "\n<code>\na = 1\n<end_of_step># Next.\nb = 2\n<end_of_code>"
 WHOLE = CODE + "\n<output>2<end_of_output>\n<answer>2<end_of_answer>"
-    "\n<code>\na = 1\n<end_of_step># Next.\nb = 2\n<end_of_code>\n<output>2<end_of_output>\n<answer>2<end_of_answer>"
-)
 
 
 @pytest.mark.parametrize(
