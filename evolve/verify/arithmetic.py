@@ -67,7 +67,7 @@ def is_small(value: object) -> bool:
 class Lane:
     """Runs steps of the lane's grammar; `run` is the harness's function that runs one step in a namespace."""
 
-    def __init__(self, run: Callable[..., bytes], stdout: Any) -> None:
+    def __init__(self, run: Callable[..., tuple[bytes, int]], stdout: Any) -> None:
         self.run, self.stdout = run, stdout
         self.states: dict[tuple[str, ...], dict[str, Any]] = {}
         self.plain: dict[str, bool] = {}
@@ -94,7 +94,8 @@ class Lane:
         if before is None:
             return None
         names = dict(before)
-        result = self.run(code, len(codes), names, self.stdout)[1:].decode("ascii")
+        frame, _ = self.run(code, len(codes), names, self.stdout)
+        result = frame[1:].decode("ascii")
         if len(result) > LONGEST:
             return None
         if result.startswith('{"s":"ok"'):

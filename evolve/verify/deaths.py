@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import os
+import select
 import signal
 import struct
 from typing import NamedTuple
@@ -38,6 +39,13 @@ def exit_status(pidfd: int) -> int | None:
         return None
     mask, *_, status = _INFO.unpack(info)
     return status if mask & _EXIT else None
+
+
+def await_end(pidfd: int, patience_s: float) -> None:
+    """Wait until a process that is dying is no more, where the kernel says so of a pidfd (Linux 6.9)."""
+    poll = select.poll()
+    poll.register(pidfd, 0)
+    poll.poll(1000 * patience_s)
 
 
 def cause_of_death(pidfd: int, for_memory: bool | None) -> Death:

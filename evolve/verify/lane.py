@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import socket
 import time
@@ -32,12 +33,14 @@ WALL_S = 5.0
 MESSAGE_CHARS = 2200
 """Longest name and message of an exception that anything honest reports."""
 
+_SURROGATES = re.compile("[\ud800-\udfff]")
+
 REMEMBERED = 1 << 17
 """States known to be the lane's own."""
 
 
 def check_result(body: Any, output_bytes: int) -> dict[str, Any]:
-    """A step's result, checked member by member.
+    """A step's result, checked member by member; lone surrogates, which UTF-8 has none of, become U+FFFD.
 
     Raises:
         ProtocolError: it is not what the harness sends.
@@ -55,7 +58,7 @@ def check_result(body: Any, output_bytes: int) -> dict[str, Any]:
         or len(body.get("e", "") + body.get("m", "")) > MESSAGE_CHARS
     ):
         raise ProtocolError("a result beyond its caps")
-    return body
+    return {name: _SURROGATES.sub("\ufffd", value) if isinstance(value, str) else value for name, value in body.items()}
 
 
 class Lane:

@@ -25,6 +25,8 @@ class Link(asyncio.Protocol):
         self.transport: asyncio.Transport | None = None
         self.relaunch: asyncio.Task[None] | None = None
         self.process: subprocess.Popen[bytes] | None = None
+        self.ended = False
+        """Its owner has ended it, and wants no other in its place."""
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         # Not an isinstance check: the transports of uvloop, which Ray actors run on, are of no asyncio class.

@@ -30,11 +30,15 @@ class Node:
         "checked",
         "clock",
         "dead",
+        "ended",
         "fate",
         "forking",
+        "greeted",
+        "heirs",
         "job",
         "key",
         "memory",
+        "origin",
         "parent",
         "parent_cpu",
         "peak",
@@ -53,6 +57,14 @@ class Node:
         self.pid, self.pidfd, self.clock = 0, -1, 0
         self.forking = 0
         self.memory = 0
+        """What it is counted for as a snapshot, bytes."""
+        self.origin = parent
+        """The node it was forked from, whose pages it goes on sharing."""
+        self.heirs = 0
+        """Nodes forked from it that hold its pages, be they running, kept, or ended with heirs of their own."""
+        self.ended = False
+        if parent is not None:
+            parent.heirs += 1
         self.peak = 0
         """Most memory that it was seen to use while it ran, bytes."""
         self.parent_cpu = parent.cpu() if parent is not None else 0.0
@@ -61,15 +73,13 @@ class Node:
         """What a snapshot died of."""
         self.dead = False
         """Its channel has closed; why is not known yet."""
-        self.started = time.monotonic()
+        self.started = self.greeted = time.monotonic()
+        """When it was commanded, and when it was known."""
         self.checked = 0.0
 
     def cpu(self) -> float:
         """CPU seconds this process has used."""
-        try:
-            return time.clock_gettime(self.clock)
-        except OSError:
-            return 0.0
+        return cpu_s(self.clock)
 
     def signal(self, number: int) -> None:
         try:
@@ -122,6 +132,19 @@ class Job:
         return len(self.codes) - 1
 
 
+def clock_of(pid: int) -> int:
+    """The clock of the CPU time that a process has used."""
+    return (~pid << 3) | 2
+
+
+def cpu_s(clock: int) -> float:
+    """What such a clock shows, seconds; 0.0 when its process is gone."""
+    try:
+        return time.clock_gettime(clock)
+    except OSError:
+        return 0.0
+
+
 def process_parents() -> Iterator[tuple[int, int, str]]:
     """(process, its parent, its state letter) for all processes that can be seen."""
     for entry in Path("/proc").iterdir():
@@ -142,6 +165,27 @@ def private_bytes(pid: int) -> int:
     except (FileNotFoundError, ProcessLookupError):
         return 0
     return min(int(fields[7]), int(fields[21])) * PAGE
+
+
+def waited_s(pid: int) -> float:
+    """Seconds that a process was ready to run and waited for a core, without those of a wait that goes on.
+
+    0.0 where the kernel does not count them.
+    """
+    try:
+        with open(f"/proc/{pid}/schedstat", "rb") as file:  # noqa: PTH123 (as above)
+            return int(file.read().split()[1]) / 1e9
+    except (FileNotFoundError, ProcessLookupError):
+        return 0.0
+
+
+def is_runnable(pid: int) -> bool:
+    """Whether a process runs or waits for a core, and does not sleep."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:  # noqa: PTH123 (as above)
+            return file.read().rpartition(b")")[2].split()[0] == b"R"
+    except (FileNotFoundError, ProcessLookupError):
+        return False
 
 
 def resident_bytes(pid: int) -> int:

@@ -11,20 +11,24 @@ import socket
 import time
 from typing import TYPE_CHECKING
 
-from evolve.verify.deaths import FOR_MEMORY, Death, cause_of_death
+from evolve.verify.deaths import FOR_MEMORY, Death, await_end, cause_of_death
 from evolve.verify.nodes import (
     LIVE,
     RUNNING,
     STARTING,
     Job,
     Node,
+    clock_of,
+    cpu_s,
     digest,
+    is_runnable,
     parse_result,
     process_parents,
     resident_bytes,
+    waited_s,
 )
 from evolve.verify.server import FRAME, ProtocolError, Server, ServerState, make_channel, pass_pidfds, receive
-from evolve.verify.snapshots import Snapshots
+from evolve.verify.snapshots import Snapshots, gone
 
 if TYPE_CHECKING:
     from evolve.verify.supervisor import Supervisor
@@ -37,6 +41,9 @@ SWEEP_S = 0.1
 
 SAMPLE_S = 0.05
 """How often the memory of a node that runs is looked at."""
+
+STARVED = 10.0
+"""Times its wall cap after which a step is given up that has waited for a core all the while."""
 
 NEAR = 0.75
 """Part of the memory that a process may add to its server's from which a kill by nobody is taken to be for it."""
@@ -103,6 +110,9 @@ class Runner:
             packet, pid, pidfd, descriptors = receive(node.channel)
         except BlockingIOError:
             return
+        except ConnectionResetError:  # It died before it read a command.
+            self._on_death(node)
+            return
         except (ProtocolError, OSError) as error:
             self._violation(node, str(error))
             return
@@ -132,12 +142,13 @@ class Runner:
             self._on_death(node)
             return
         node.pid = pid
-        node.clock = (~pid << 3) | 2
+        node.clock = clock_of(pid)
         node.state = RUNNING
+        node.greeted = time.monotonic()
         self.pids[pid] = node
         job = node.job
         assert job is not None
-        node.checked = node.started + min(job.cpu_s, job.wall_s, SAMPLE_S)
+        node.checked = node.greeted + min(job.cpu_s, job.wall_s, SAMPLE_S)
         self._stop_parent(node)
 
     def _stop_parent(self, node: Node) -> None:
@@ -206,13 +217,19 @@ class Runner:
     def _on_death(self, node: Node) -> None:
         """A node's channel closed without our doing."""
         if node.state == LIVE:
-            node.fate = cause_of_death(node.pidfd, node.server.killed_for_memory())
-            self.end(node)
+            await_end(node.pidfd, GRACE_S)
+            self._fall(node, cause_of_death(node.pidfd, node.server.killed_for_memory()))
             return
         # Its server may be dying too, which is not the code's doing: judge when that would be known.
         node.dead = True
         node.checked = time.monotonic() + GRACE_S
         self.owner.poll.unregister(node.channel)
+
+    def _fall(self, node: Node, death: Death) -> None:
+        """End a snapshot that has ended itself."""
+        node.fate = death
+        self.live.fell(node.key, death)
+        self.end(node)
 
     def _judge_dead(self, node: Node) -> None:
         """A node died some time ago, and its server lives."""
@@ -260,24 +277,37 @@ class Runner:
         if parent is not None:
             fate = parent.fate
             idle = parent.forking > 0 and node.server.permits.get(parent.pid, 0) >= parent.forking
-            if idle or (fate is not None and fate.status == "crash"):
+            if fate is not None and fate.status in ("crash", "refused"):
+                death = gone(fate)
+            elif idle:
                 death = Death("crash", "the state to continue from died", False)
             self.end(parent)
+        if death.certain:
+            self._fail(node, death.status, death.message)
+            return
         self._lose(node, death)
         self.sweep()
 
-    def _not_greeted(self, node: Node) -> None:
-        """The parent did not fork in time: its fault where it ran on or slept, the machine's where it had to wait."""
+    def _not_greeted(self, node: Node, now: float) -> None:
+        """The parent did not fork in time: its fault where it ran on or slept, the machine's where it has to wait."""
         parent, job, server = node.parent, node.job, node.server
         assert job is not None
+        patient = now - node.started < STARVED * job.wall_s
         if parent is None:
+            if patient and is_runnable(server.pid):
+                node.checked = now + SWEEP_S
+                return
             node.job = None
             self.end(node)
             self.owner.drop_server(server)
             self.owner.retry(job, "the interpreter server did not fork in time")
         else:
-            busy = parent.cpu() - node.parent_cpu > 0.5 * job.cpu_s
-            states = {state for pid, above, state in process_parents() if self._forks_now(parent, pid, above)}
+            found = [(pid, state) for pid, above, state in process_parents() if self._forks_now(parent, pid, above)]
+            states = {state for _, state in found}
+            busy = sum(cpu_s(clock_of(pid)) for pid, _ in found) - node.parent_cpu > 0.5 * job.cpu_s
+            if patient and not busy and "R" in states:
+                node.checked = now + SWEEP_S
+                return
             status = "timeout" if busy or states == {"S"} else "infrastructure"
             self.end(parent)
             self._lose(node, Death(status, "the state to continue from did not answer", False))
@@ -288,24 +318,25 @@ class Runner:
         return pid == parent.pid or (above == parent.pid and pid not in self.pids)
 
     def _violation(self, node: Node, why: str) -> None:
-        """A node broke the protocol: it and what it would leave behind are ended."""
+        """A node broke the protocol: it and what it would leave behind are ended, and what would continue from it."""
         self.owner.counts["violations"] += 1
+        death = Death("refused", f"the code tampered with the sandbox's protocol ({why})", True)
         parent = node.parent
         if node.job is not None:
-            self._fail(node, "refused", f"the code tampered with the sandbox's protocol ({why})")
+            self._fail(node, death.status, death.message)
         else:
-            self.end(node)
+            self._fall(node, death)
         if parent is not None:
-            self.end(parent)
+            self._fall(parent, death)
         self.sweep()
 
     def insisted(self, server: Server, pid: int) -> None:
-        """A process goes on forking though it is refused."""
+        """A process goes on trying to fork, or to limit its CPU time, though it is refused."""
         node = self.pids.get(pid)
         if node is not None and node.state == RUNNING:
-            self._fail(node, "crash", "killed: it went on trying to start processes")
+            self._fail(node, "crash", "killed: it went on trying what is refused, as to start processes")
         elif node is not None:
-            self._violation(node, "it went on trying to start processes")
+            self._violation(node, "it went on trying what is refused, as to start processes")
         elif pid != server.pid:
             self.sweep()
 
@@ -322,16 +353,28 @@ class Runner:
                 self._judge_dead(node)
                 continue
             if node.state == STARTING:
-                self._not_greeted(node)
+                self._not_greeted(node, now)
                 continue
-            cpu, wall = node.cpu(), now - node.started
-            node.peak = max(node.peak, resident_bytes(node.pid))
-            if cpu >= job.cpu_s:
-                self._fail(node, "timeout", f"more than {job.cpu_s:g} s of CPU time")
-            elif wall >= job.wall_s:
-                self._fail(node, "timeout", f"more than {job.wall_s:g} s of wall time")
-            else:
-                node.checked = now + max(0.001, min(job.cpu_s - cpu, job.wall_s - wall, SAMPLE_S))
+            self._check_times(node, job, now)
+
+    def _check_times(self, node: Node, job: Job, now: float) -> None:
+        """End a running node that is over its CPU time or its wall cap, or say when to look again.
+
+        The cap is for those that sleep: time that a node waited for a core is the machine's, and does not count.
+        """
+        cpu, wall = node.cpu(), now - node.greeted
+        node.peak = max(node.peak, resident_bytes(node.pid))
+        starved = wall >= STARVED * job.wall_s
+        if wall >= job.wall_s:
+            wall -= waited_s(node.pid)
+        if cpu >= job.cpu_s:
+            self._fail(node, "timeout", f"more than {job.cpu_s:g} s of CPU time")
+        elif wall >= job.wall_s and not is_runnable(node.pid):
+            self._fail(node, "timeout", f"more than {job.wall_s:g} s of wall time")
+        elif starved:
+            self._lose(node, Death("infrastructure", "the machine had no core to run the code on", False))
+        else:
+            node.checked = now + max(0.002, min(job.cpu_s - cpu, job.wall_s - wall, SAMPLE_S))
 
     def end_all_of(self, server: Server) -> list[Job]:
         """End what runs and waits in `server`; the jobs that were running."""

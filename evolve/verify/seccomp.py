@@ -1,8 +1,9 @@
 """The system calls a sandboxed interpreter may make, compiled to a BPF program.
 
 Everything not listed fails with EPERM. `fork` (glibc's `clone` with exactly its flags) is reported to the
-supervisor, which lets the forks it has commanded through and refuses all others. What siblings would share, such as
-pipes and memory, cannot be made: they are forked from one process, and must not hear of each other.
+supervisor, which lets the forks it has commanded through and refuses all others; so is the limit of CPU time, which
+only the harness sets, once. What siblings would share, such as pipes and memory, cannot be made: they are forked from
+one process, and must not hear of each other.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import errno
 import mmap
 import os
+import resource
 
 FORK_FLAGS = 0x1200011
 """CLONE_CHILD_SETTID | CLONE_CHILD_CLEARTID | SIGCHLD: what glibc's fork() passes to clone."""
@@ -114,9 +116,9 @@ ALLOWED = [
 IOCTLS = (0x5401, 0x541B, 0x5451)
 """TCGETS, FIONREAD, FIOCLEX."""
 
-FCNTLS = (0, 1, 2, 3, 4, 1030, 1032, 1034)
-"""F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_SETFL, F_DUPFD_CLOEXEC, F_GETPIPE_SZ, F_GET_SEALS. By F_SETOWN and F_SETSIG a
-node could have the kernel send any signal to any other."""
+FCNTLS = (0, 1, 2, 3, 1030, 1032, 1034)
+"""F_DUPFD, F_GETFD, F_SETFD, F_GETFL, F_DUPFD_CLOEXEC, F_GETPIPE_SZ, F_GET_SEALS. By F_SETOWN and F_SETSIG a node could
+have the kernel send any signal to any other; F_SETFL would change what all nodes share, such as /dev/null."""
 
 PR_SET_NAME = 15
 
@@ -143,7 +145,11 @@ def compile_filter() -> bytes:
     rules.add_rule(seccomp.NOTIFY, "mmap", shared, seccomp.Arg(2, seccomp.MASKED_EQ, mmap.PROT_EXEC, mmap.PROT_EXEC))
     for command in FCNTLS:
         rules.add_rule(seccomp.ALLOW, "fcntl", seccomp.Arg(1, seccomp.EQ, command))
-    rules.add_rule(seccomp.ALLOW, "prlimit64", seccomp.Arg(0, seccomp.EQ, 0))
+    # Limits can be read. Those that code set would have its steps die as if the machine had killed them.
+    itself = seccomp.Arg(0, seccomp.EQ, 0)
+    rules.add_rule(seccomp.ALLOW, "prlimit64", itself, seccomp.Arg(2, seccomp.EQ, 0))
+    cpu = seccomp.Arg(1, seccomp.EQ, resource.RLIMIT_CPU)
+    rules.add_rule(seccomp.NOTIFY, "prlimit64", itself, cpu, seccomp.Arg(2, seccomp.NE, 0))
     rules.add_rule(seccomp.ALLOW, "prctl", seccomp.Arg(0, seccomp.EQ, PR_SET_NAME))
     rules.add_rule(seccomp.NOTIFY, "clone", seccomp.Arg(0, seccomp.EQ, FORK_FLAGS))
     # ENOSYS, not EPERM: glibc then falls back to clone, whose flags can be checked.

@@ -2,7 +2,7 @@
 
 A snippets file is a JSON list of objects: `name`, `code`, optional `prefix_steps` (run first, each as its
 own step) and `then_sibling` (run from the same parent afterwards), `timeout_s`, and `expect` with
-`status_in`, `stdout_contains`, `stdout_not_contains`, `sibling_stdout_equals`, `invariants`. The status
+`status_in`, `stdout_contains`, `stdout_not_contains`, `sibling_stdout_equals`, `invariants`, `note`. The status
 `protocol` is an older name of `refused`.
 """
 
@@ -13,7 +13,7 @@ import json
 import os
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -42,6 +42,36 @@ INVARIANTS = frozenset(
     ]
 )
 
+STATUSES = frozenset([*(str(status) for status in Status), "protocol"])
+
+TEXT, TEXTS, OBJECT = "a string", "a list of strings", "an object"
+SECONDS, OPTIONAL = "a number above 0", "a string or null"
+SNIPPET = {
+    "name": TEXT,
+    "code": TEXT,
+    "expect": OBJECT,
+    "timeout_s": SECONDS,
+    "prefix_steps": TEXTS,
+    "then_sibling": OPTIONAL,
+}
+"""What each member of a snippet must be."""
+EXPECT = {
+    "status_in": TEXTS,
+    "stdout_contains": TEXTS,
+    "stdout_not_contains": TEXTS,
+    "sibling_stdout_equals": TEXT,
+    "invariants": TEXTS,
+    "note": TEXT,
+}
+"""What each member of its `expect` must be."""
+FITS: dict[str, Callable[[Any], bool]] = {
+    TEXT: lambda value: isinstance(value, str),
+    TEXTS: lambda value: isinstance(value, list) and all(isinstance(each, str) for each in value),
+    OBJECT: lambda value: isinstance(value, dict),
+    SECONDS: lambda value: isinstance(value, int | float) and not isinstance(value, bool) and 0 < value < 1e6,
+    OPTIONAL: lambda value: value is None or isinstance(value, str),
+}
+
 
 @dataclass(frozen=True)
 class Snippet:
@@ -69,7 +99,7 @@ def load(path: Path) -> list[Snippet]:
     """Read a snippets file.
 
     Raises:
-        ValueError: it is no JSON list of objects, or one has an unknown key or invariant, or lacks a needed one.
+        ValueError: it is no JSON list of objects, or a member of one is unknown, missing or not what it must be.
     """
     try:
         entries = json.loads(path.read_text())
@@ -77,18 +107,34 @@ def load(path: Path) -> list[Snippet]:
         raise ValueError(f"{path} is not JSON: {error}") from error
     if not isinstance(entries, list) or not all(isinstance(entry, dict) for entry in entries):
         raise ValueError(f"{path} is not a JSON list of objects")
-    snippets = []
     for entry in entries:
-        unknown = set(entry) - {"name", "code", "expect", "timeout_s", "prefix_steps", "then_sibling"}
-        missing = {"name", "code", "expect"} - set(entry)
-        if unknown or missing or "status_in" not in entry["expect"]:
-            odd = f"unknown {sorted(unknown)}, missing {sorted(missing) or ['expect.status_in']}"
-            raise ValueError(f"{path}: {entry.get('name')!r}: keys {odd}")
-        invariants = set(entry["expect"].get("invariants", ()))
-        if not invariants <= INVARIANTS:
-            raise ValueError(f"{path}: {entry['name']!r}: unknown invariants {sorted(invariants - INVARIANTS)}")
-        snippets.append(Snippet(**{**entry, "prefix_steps": tuple(entry.get("prefix_steps", ()))}))
-    return snippets
+        finding = _finding(entry)
+        if finding:
+            raise ValueError(f"{path}: {entry.get('name')!r}: {finding}")
+    return [Snippet(**{**entry, "prefix_steps": tuple(entry.get("prefix_steps", ()))}) for entry in entries]
+
+
+def _finding(entry: dict[str, Any]) -> str:
+    """What is wrong with an entry of a snippets file, and what it must be; the empty string: nothing."""
+    expect = entry.get("expect")
+    for keys, needed, allowed, where in (
+        (entry, {"name", "code", "expect"}, SNIPPET, ""),
+        (expect if isinstance(expect, dict) else {}, {"status_in"}, EXPECT, "expect."),
+    ):
+        for name, value in keys.items():
+            if name not in allowed:
+                return f"unknown key {where}{name}; it must be one of {', '.join(allowed)}"
+            if not FITS[allowed[name]](value):
+                return f"{where}{name} is {value!r:.100}; it must be {allowed[name]}"
+        missing = needed - set(keys)
+        if missing:
+            return f"the key {where}{min(missing)} is missing"
+    assert isinstance(expect, dict)
+    for key, known in (("status_in", STATUSES), ("invariants", INVARIANTS)):
+        odd = set(expect.get(key, ())) - known
+        if odd:
+            return f"unknown expect.{key} {sorted(odd)}; they must be of {', '.join(sorted(known))}"
+    return ""
 
 
 def descendants() -> dict[int, str]:

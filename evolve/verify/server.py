@@ -27,7 +27,7 @@ FRAME = 1 << 18
 """Longest packet on a channel, bytes."""
 
 STRIKES = 10
-"""Refused forks after which a process is killed."""
+"""Refused calls after which a process is killed."""
 
 _CREDENTIALS = struct.Struct("3i")
 _ANCILLARY = socket.CMSG_SPACE(_CREDENTIALS.size) + 2 * socket.CMSG_SPACE(4)
@@ -142,7 +142,10 @@ class Server:
     strikes: dict[int, int] = field(default_factory=dict)
     sharing: set[int] = field(default_factory=set)
     """Processes that have mapped memory which those forked from them would share."""
+    limited: set[int] = field(default_factory=set)
+    """Processes whose CPU time the harness has limited."""
     mmap: int = field(default_factory=partial(syscall_number, "mmap"))
+    prlimit: int = field(default_factory=partial(syscall_number, "prlimit64"))
     process: subprocess.Popen[bytes] | None = None
     failures: int = 0
     """Starts in a row that did not end in READY."""
@@ -227,7 +230,7 @@ class Server:
             self.permits.pop(pid, None)
 
     def answer(self) -> int:
-        """Answer one notification: a commanded fork proceeds, any other fails with EPERM; a shared mapping is noted.
+        """Answer one notification: what `_proceeds` goes on, all else fails with EPERM.
 
         Returns the id of a process to be killed for insisting, else 0.
         """
@@ -239,10 +242,7 @@ class Server:
                 return 0
             raise
         notification, pid, _, call = _NOTIF_HEAD.unpack_from(request)
-        mapping = call == self.mmap
-        proceeds = mapping or pid in self.permits
-        if mapping:
-            self.sharing.add(pid)
+        proceeds = self._proceeds(pid, call)
         if proceeds:
             response = _NOTIF_RESPONSE.pack(notification, 0, 0, _NOTIF_CONTINUE)
         else:
@@ -254,17 +254,33 @@ class Server:
                 return 0
             raise
         if proceeds:
-            if not mapping:
+            if call not in (self.mmap, self.prlimit):
                 self.take_back(pid)
             return 0
         self.strikes[pid] = self.strikes.get(pid, 0) + 1
         return pid if self.strikes[pid] >= STRIKES else 0
+
+    def _proceeds(self, pid: int, call: int) -> bool:
+        """Whether process `pid` may fork, map shared memory, which is noted, or limit its CPU time.
+
+        The harness does the last in what the zygote itself forks, before any code; all other nodes inherit the limit.
+        """
+        if call == self.mmap:
+            self.sharing.add(pid)
+            return True
+        if call == self.prlimit:
+            if pid in self.limited or _parent(pid) != self.pid:
+                return False
+            self.limited.add(pid)
+            return True
+        return pid in self.permits
 
     def forget(self, pid: int) -> None:
         """Process `pid` is gone."""
         self.permits.pop(pid, None)
         self.strikes.pop(pid, None)
         self.sharing.discard(pid)
+        self.limited.discard(pid)
 
     def killed_for_memory(self) -> bool | None:
         """Whether the kernel killed one more process of this server for memory than is accounted for; None: unknown.
@@ -310,6 +326,7 @@ class Server:
         self.permits.clear()
         self.strikes.clear()
         self.sharing.clear()
+        self.limited.clear()
 
 
 def _parent(pid: int) -> int:

@@ -15,7 +15,7 @@ import subprocess
 import sys
 import warnings
 import zlib
-from collections import Counter, OrderedDict
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -29,6 +29,7 @@ from evolve.verify.layers import ENVIRONMENT, Layers, detect
 from evolve.verify.link import Link
 from evolve.verify.nodes import digest
 from evolve.verify.numerals import LONGEST, quick_equiv, quick_group
+from evolve.verify.remembered import Remembered
 from evolve.verify.steps import CODE_BYTES, looks_plain, prefix_keys, refusal, server_kind, validate
 
 SLOTS = 4
@@ -43,8 +44,8 @@ PROBE = "\\sqrt{2} + x"
 GRADE_WALL_S = 60.0
 """Least wall time of a grade. It computes and never sleeps, so that wall time says only how busy the machine is."""
 
-CACHED = 1 << 16
-"""Verdicts and output digests remembered."""
+CACHED_BYTES = 1 << 26
+"""Of verdicts that are remembered, and of output digests."""
 
 
 class GradingUnavailable(EvolveError):
@@ -68,8 +69,8 @@ class SandboxVerifier:
         self._starting: asyncio.Lock | None = None
         self._room = asyncio.Semaphore(config.queue)
         self._counts: Counter[str] = Counter()
-        self._verdicts: OrderedDict[str, Verdict] = OrderedDict()
-        self._digests: OrderedDict[str, str] = OrderedDict()
+        self._verdicts: Remembered[Verdict] = Remembered(CACHED_BYTES)
+        self._digests: Remembered[str] = Remembered(CACHED_BYTES)
         self._running: dict[str, asyncio.Future[Verdict]] = {}
         self._cpu_s = self._wall_s = 0.0
 
@@ -102,8 +103,12 @@ class SandboxVerifier:
                 warnings.warn(f"the sandbox lacks a layer: {lack}", RuntimeWarning, stacklevel=2)
             count = self.config.supervisors or len(os.sched_getaffinity(0))
             links = [Link(self) for _ in range(count)]
-            for link in links:
-                await self._launch(link)
+            try:
+                for link in links:
+                    await self._launch(link)
+            except BaseException:
+                await self._end(links)
+                raise
             self._links = links
 
     async def _launch(self, link: Link) -> None:
@@ -122,14 +127,19 @@ class SandboxVerifier:
             f"import sys; sys.path.insert(0, {str(Path(__file__).parents[2])!r});"
             "from evolve.verify.supervisor import main; main()"
         )
-        link.process = subprocess.Popen(  # noqa: ASYNC220 (a few milliseconds, once)
-            [sys.executable, "-P", "-c", boot, str(theirs.fileno()), json.dumps(settings)],
-            stdin=subprocess.DEVNULL,
-            pass_fds=[theirs.fileno()],
-            env=ENVIRONMENT,
-            start_new_session=True,
-        )
-        theirs.close()
+        try:
+            link.process = subprocess.Popen(  # noqa: ASYNC220 (a few milliseconds, once)
+                [sys.executable, "-P", "-c", boot, str(theirs.fileno()), json.dumps(settings)],
+                stdin=subprocess.DEVNULL,
+                pass_fds=[theirs.fileno()],
+                env=ENVIRONMENT,
+                start_new_session=True,
+            )
+        except BaseException:
+            ours.close()
+            raise
+        finally:
+            theirs.close()
         ours.setblocking(False)
         await asyncio.get_running_loop().create_connection(lambda: link, sock=ours)
 
@@ -139,7 +149,7 @@ class SandboxVerifier:
         if link.process is not None:
             link.process.kill()
             link.process.wait()
-        if self._closed:
+        if link.ended:
             for future, _, _ in link.held.values():
                 if not future.done():
                     future.set_exception(RuntimeError("the verifier was closed"))
@@ -174,7 +184,14 @@ class SandboxVerifier:
     async def close(self) -> None:
         """End all helper processes. Requests in flight fail with RuntimeError."""
         self._closed = True
-        for link in self._links:
+        await self._end(self._links)
+        if self.layers is not None and self.layers.cgroup is not None:
+            await asyncio.to_thread(cgroups.clear, Path(self.layers.cgroup), 5.0)
+
+    async def _end(self, links: Sequence[Link]) -> None:
+        """End supervisors and wait until they have."""
+        for link in links:
+            link.ended = True
             if link.transport is not None:
                 link.transport.abort()
             elif link.relaunch is not None:
@@ -182,11 +199,10 @@ class SandboxVerifier:
                 for future, _, _ in link.held.values():
                     if not future.done():
                         future.set_exception(RuntimeError("the verifier was closed"))
-        for link in self._links:
+        for link in links:
             if link.process is not None:
+                link.process.kill()
                 await asyncio.to_thread(link.process.wait)
-        if self.layers is not None and self.layers.cgroup is not None:
-            await asyncio.to_thread(cgroups.clear, Path(self.layers.cgroup), 5.0)
 
     # ------------------------------------------------------------------ requests
 
@@ -213,7 +229,6 @@ class SandboxVerifier:
         key = keys[-1]
         known = self._verdicts.get(key)
         if known is not None:
-            self._verdicts.move_to_end(key)
             self._counts["repeated"] += 1
             return known
         running = self._running.get(key)
@@ -229,7 +244,7 @@ class SandboxVerifier:
             else:
                 task.add_done_callback(lambda _: self._running.pop(key, None))
         if verdict.status is Status.OK or (verdict.status is Status.ERROR and verdict.deterministic):
-            _remember(self._verdicts, key, verdict)
+            self._verdicts.put(key, verdict, len(verdict.stdout) + len(verdict.message))
         return verdict
 
     async def execute(
@@ -274,17 +289,17 @@ class SandboxVerifier:
             verdict = replace(verdict, replayed=True, deterministic=False)
             self._counts["nondeterministic"] += 1
         elif replayed:
-            changed = any(self._digests.get(keys[i], found) != found for i, found in replayed)
+            changed = any(self._digests.get(keys[i]) not in (None, found) for i, found in replayed)
             verdict = replace(verdict, replayed=True, deterministic=not changed)
             self._counts["nondeterministic"] += changed
             for index, found in replayed:
-                if keys[index] not in self._digests:
-                    _remember(self._digests, keys[index], found)
+                if self._digests.get(keys[index]) is None:
+                    self._digests.put(keys[index], found)
         self._counts[verdict.status] += 1
         self._cpu_s += verdict.cpu_s
         self._wall_s += verdict.wall_s
         if verdict.status is Status.OK:
-            _remember(self._digests, keys[-1], digest(verdict.stdout))
+            self._digests.put(keys[-1], digest(verdict.stdout))
         return verdict
 
     async def check_many(self, requests: Sequence[tuple[Problem, tuple[str, ...], str]]) -> list[Verdict]:
@@ -413,9 +428,3 @@ def packets(items: Sequence[Any]) -> list[list[Any]]:
         made[-1].append(item)
         room -= size
     return made
-
-
-def _remember(cache: OrderedDict[str, Any], key: str, value: Any) -> None:
-    cache[key] = value
-    if len(cache) > CACHED:
-        cache.popitem(last=False)

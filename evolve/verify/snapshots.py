@@ -5,7 +5,11 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterator, Sequence
 
+from evolve.verify.deaths import Death
 from evolve.verify.nodes import Node, private_bytes
+
+FALLEN = 1 << 12
+"""States remembered that their own code has ended."""
 
 
 class Snapshots:
@@ -16,6 +20,9 @@ class Snapshots:
         self.budget, self.most = budget, most
         self.nodes: OrderedDict[str, Node] = OrderedDict()
         self.memory = 0
+        """Bytes of the kept ones, and of those ended whose pages live on in nodes forked from them."""
+        self.fallen: OrderedDict[str, Death] = OrderedDict()
+        """What states ended of that their own code has ended, by key."""
 
     def __len__(self) -> int:
         return len(self.nodes)
@@ -52,8 +59,33 @@ class Snapshots:
         return self.memory > self.budget or len(self.nodes) > self.most
 
     def discard(self, node: Node) -> None:
-        """Forget a node, if it is kept."""
+        """Forget a node that ends, kept or not; its memory counts until all forked from it have ended, too."""
         if self.nodes.get(node.key) is node:
             del self.nodes[node.key]
-            self.memory -= node.memory
-            node.memory = 0
+        node.ended = True
+        released: Node | None = node
+        while released is not None and released.ended and released.heirs == 0:
+            self.memory -= released.memory
+            released.memory = 0
+            above, released.origin = released.origin, None
+            if above is not None:
+                above.heirs -= 1
+            released = above
+
+    def fell(self, key: str, death: Death) -> None:
+        """A state has ended itself, if it was its code. Made again it would do so again, which is not tried for ever:
+        what is not certain is believed the second time."""
+        if death.status in ("crash", "refused"):
+            self.fallen[key] = death._replace(certain=death.certain or key in self.fallen)
+            if len(self.fallen) > FALLEN:
+                self.fallen.popitem(last=False)
+
+    def dead_end(self, keys: Sequence[str]) -> Death | None:
+        """The verdict on a step that needs a state of these that is known not to last; None: they all may."""
+        deaths = (self.fallen.get(key) for key in keys)
+        return next((gone(death) for death in deaths if death is not None and death.certain), None)
+
+
+def gone(death: Death) -> Death:
+    """The verdict on a step whose state to continue from has ended so."""
+    return death._replace(message=f"the state to continue from is gone: {death.message}")

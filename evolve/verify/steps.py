@@ -14,6 +14,10 @@ from evolve.types import Status, Verdict
 CODE_BYTES = 128 * 1024
 """Longest step that is run, bytes of UTF-8; what fits one packet."""
 
+SHORT = 2000
+"""Longest code, characters, of which it is remembered what it looks like: most are, and some megabytes hold them."""
+CACHED = 1 << 13
+
 _LIGHT = frozenset(
     (
         *("abc", "bisect", "builtins", "cmath", "collections", "copy", "enum", "functools", "heapq", "io", "itertools"),
@@ -39,7 +43,6 @@ def validate(config: VerifierConfig) -> None:
         raise ValueError(f"{finding.key} {finding.what}; {finding.mend}")
 
 
-@lru_cache(maxsize=1 << 14)
 def _imported(code: str) -> frozenset[str]:
     """The packages that `code` imports; `?` is among them where that cannot be told.
 
@@ -53,12 +56,16 @@ def _imported(code: str) -> frozenset[str]:
     return frozenset(name.partition(".")[0] for name in names)
 
 
+_imported_by_short = lru_cache(maxsize=CACHED)(_imported)
+
+
 def server_kind(codes: Sequence[str]) -> str:
     """Which server runs `codes`: the one that forks most cheaply of those that have loaded what they import.
 
     `light` has a part of the standard library, `symbolic` sympy too, `full` also numpy.
     """
-    names = frozenset().union(*map(_imported, codes))
+    found = (_imported_by_short(code) if len(code) <= SHORT else _imported(code) for code in codes)
+    names = frozenset().union(*found)
     return "light" if names <= _LIGHT else "symbolic" if names <= _SYMBOLIC else "full"
 
 
@@ -68,10 +75,14 @@ _NOT_PLAIN = re.compile(
 _COMMENT = re.compile(r"^[ \t]*#.*$", re.MULTILINE)
 
 
-@lru_cache(maxsize=1 << 14)
 def looks_plain(code: str) -> bool:
     """Whether the arithmetic lane may take `code`; it decides for itself, this only spares it the rest."""
-    return len(code) <= 2000 and not _NOT_PLAIN.search(_COMMENT.sub("", code))
+    return len(code) <= SHORT and _short_is_plain(code)
+
+
+@lru_cache(maxsize=CACHED)
+def _short_is_plain(code: str) -> bool:
+    return not _NOT_PLAIN.search(_COMMENT.sub("", code))
 
 
 def prefix_keys(problem_id: str, codes: Sequence[str]) -> list[str]:

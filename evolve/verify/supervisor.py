@@ -130,6 +130,11 @@ class Supervisor:
     def _place(self, job: Job, server: Server) -> bool:
         """Continue `job` from its deepest live ancestor; False: when that has taken up the commands it has."""
         parent, start = self.runner.live.deepest(job.keys[:-1]) if job.verb == b"C" else (None, 0)
+        dead_end = self.runner.live.dead_end(job.keys[start:-1])
+        if dead_end is not None:
+            job.index = job.last
+            self.finish(job, dead_end.status, {"m": dead_end.message}, 0.0, 0.0)
+            return True
         job.index = job.merged = start
         room = MERGED_CHARS - len(job.codes[start])
         while job.index < job.last - 1 and job.keys[job.index] in self.lane.done:

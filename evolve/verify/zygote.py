@@ -29,9 +29,13 @@ GC_THRESHOLDS = (10_000, 20, 20)
 """Collections are for lineages that would run out of memory; those at Python's usual (700, 10, 10) cost a
 sympy step a tenth of its time."""
 
+RECURSION_LIMIT = 1000
+"""The harness's own, Python's usual one; a lineage that sets another keeps it from step to step."""
+
 # Called after untrusted code, which may have replaced them where they live.
 _close, _exit, _fork, _freeze = os.close, os._exit, os.fork, gc.freeze
-_settrace, _setprofile, _setrecursionlimit = sys.settrace, sys.setprofile, sys.setrecursionlimit
+_settrace, _setprofile = sys.settrace, sys.setprofile
+_getrecursionlimit, _setrecursionlimit = sys.getrecursionlimit, sys.setrecursionlimit
 _type_name = type.__dict__["__name__"].__get__
 
 
@@ -116,22 +120,27 @@ def describe_exception(error: BaseException, traceback: Any, filename: str) -> s
     return f',"e":{quote(kind[:200])},"m":{quote(message)},"l":{"null" if line is None else line}'
 
 
-def run_code(code: str, depth: int, namespace: dict[str, Any], stdout: Any) -> bytes:
-    """Run one step; its result frame."""
+def run_code(
+    code: str, depth: int, namespace: dict[str, Any], stdout: Any, recursion_limit: int = RECURSION_LIMIT
+) -> tuple[bytes, int]:
+    """Run one step under its lineage's recursion limit; its result frame, and the limit it leaves."""
     filename = f"<step {depth}>"
     failure = ""
     try:
-        exec(compile(code, filename, "exec", dont_inherit=True), namespace)
+        compiled = compile(code, filename, "exec", dont_inherit=True)
+        _setrecursionlimit(recursion_limit)
+        exec(compiled, namespace)
+        recursion_limit = _getrecursionlimit()
     except BaseException as error:
-        _setrecursionlimit(1000)
+        _setrecursionlimit(RECURSION_LIMIT)
         failure = describe_exception(error, sys.exc_info()[2], filename)
     _settrace(None)
     _setprofile(None)
-    _setrecursionlimit(1000)
+    _setrecursionlimit(RECURSION_LIMIT)
     text, cut = stdout.take()
     status = '"error"' if failure else '"ok"'
     frame = f'R{{"s":{status},"o":{quote(text)},"t":{"true" if cut else "false"}{failure}}}'
-    return frame.encode("ascii")
+    return frame.encode("ascii"), recursion_limit
 
 
 def run_grading(kind: bytes, payload: bytes) -> bytes:
@@ -161,7 +170,7 @@ def serve(
 
     limit = 1 << 18
     space = CMSG_LEN(4)
-    depth = 0
+    depth, recursion_limit = 0, RECURSION_LIMIT
     while True:
         packet, ancillary, _, _ = channel.recvmsg(limit, space)
         if not packet:
@@ -179,21 +188,21 @@ def serve(
             continue
         channel.close()
         channel = socket(fileno=fd)
+        verb = packet[:1]
+        if depth == 0 and verb != b"A":  # All below inherit it; only here, before any code, may it be set.
+            limit_cpu()
         channel.send(b"H")
         depth += 1
-        verb = packet[:1]
-        if verb != b"A":
-            limit_cpu()
         if verb == b"C":
             code = packet[1:].decode("utf-8", "surrogatepass")
             del packet
-            frame = run_code(code, depth, namespace, stdout)
+            frame, recursion_limit = run_code(code, depth, namespace, stdout, recursion_limit)
             disarm()
         elif verb == b"M":
             import json
 
             for code in json.loads(packet[1:]):
-                frame = run_code(code, depth, namespace, stdout)
+                frame, recursion_limit = run_code(code, depth, namespace, stdout, recursion_limit)
                 depth += 1
                 if not frame.startswith(b'R{"s":"ok"'):
                     break

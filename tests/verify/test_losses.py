@@ -19,6 +19,7 @@ from evolve.verify.layers import detect, without
 from evolve.verify.nodes import Job, Node
 from evolve.verify.runner import Runner
 from evolve.verify.service import SandboxVerifier
+from evolve.verify.snapshots import Snapshots
 from evolve.verify.steps import prefix_keys
 from tests.verify.support import exit_status_is_known, problem, sandboxed
 
@@ -112,8 +113,9 @@ async def test_a_state_that_cannot_fork_for_want_of_memory_is_no_label(verifier:
         ("def patched():\n    time.sleep(60)", Status.TIMEOUT),
         ("def patched():\n    while True:\n        pass", Status.TIMEOUT),
         ("def patched():\n    if fork():\n        return 1\n    time.sleep(60)", Status.TIMEOUT),
+        ("def patched():\n    if fork():\n        return 1\n    while True:\n        pass", Status.TIMEOUT),
     ],
-    ids=["exits", "pretends", "sleeps", "spins", "child_sleeps"],
+    ids=["exits", "pretends", "sleeps", "spins", "child_sleeps", "child_spins"],
 )
 async def test_code_that_keeps_its_state_from_forking_twice_is_called_so(
     verifier: SandboxVerifier, body: str, status: Status
@@ -125,6 +127,48 @@ async def test_code_that_keeps_its_state_from_forking_twice_is_called_so(
     assert (await verifier.execute(name, codes[:1], "light", keys[:1])).ok
     verdict = await verifier.execute(name, codes, "light", keys, 0.3, 0.6)
     assert verdict.status is status
+
+
+FORGE = """import os, stat
+for fd in range(3, 16):
+    try:
+        if stat.S_ISSOCK(os.fstat(fd).st_mode):
+            os.write(fd, b'R{"s":"ok","o":"","t":false}')
+            break
+    except OSError:
+        pass
+"""
+"""A prefix that reports itself before it has ended."""
+
+
+@pytest.mark.parametrize(
+    ("end", "statuses"),
+    [
+        ("", {Status.REFUSED}),
+        ("os._exit(0)", {Status.CRASH}),
+        ("import ctypes\nctypes.string_at(0)", {Status.CRASH}),
+        ("while True:\n    pass", {Status.TIMEOUT}),
+    ],
+    ids=["reports_again", "exits", "crashes", "spins"],
+)
+async def test_what_continues_from_a_forged_state_gets_a_verdict(
+    verifier: SandboxVerifier, end: str, statuses: set[Status]
+) -> None:
+    name, codes = problem().id, (FORGE + end, "print(1)")
+    keys = prefix_keys(name, codes)
+    for _ in range(2):
+        verdict = await verifier.execute(name, codes, "light", keys, 0.3, 0.6)
+        assert verdict.status in statuses
+
+
+async def test_limits_that_would_look_like_the_machines_doing_cannot_be_set(verifier: SandboxVerifier) -> None:
+    for name in ("RLIMIT_CPU", "RLIMIT_NPROC", "RLIMIT_AS"):
+        p, code = problem(), f"import resource\nresource.setrlimit(resource.{name}, (1, 1))\nwhile True: pass"
+        assert (await verifier.check(p, (), code)).exception == "ValueError"
+        caught = f"try:\n    import resource\n    resource.setrlimit(resource.{name}, (0, 0))\nexcept ValueError: pass"
+        for parent in ((), ("import math",)):
+            assert (await verifier.check(p, parent, caught)).ok
+            assert (await verifier.check(p, (*parent, caught), "print(1)")).stdout == "1\n"
 
 
 async def test_a_state_made_twice_at_once_keeps_the_one_that_may_be_forking() -> None:
@@ -139,6 +183,35 @@ async def test_a_state_made_twice_at_once_keeps_the_one_that_may_be_forking() ->
     assert list(runner.live) == nodes[:1]
     assert [node.channel.fileno() >= 0 for node in nodes] == [True, False]
     nodes[0].channel.close()
+
+
+async def test_the_memory_of_an_evicted_state_counts_while_states_that_share_it_are_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("evolve.verify.snapshots.private_bytes", lambda pid: 40)
+    live = Snapshots(100, 99)
+    server: Any = None
+    channel: Any = None
+
+    def forked(key: str, parent: Node | None, keep: bool = True) -> Node:
+        request = {"i": 0, "k": "light", "o": "C", "c": ["a = 1"], "h": [key], "cpu": 1.0, "wall": 1.0}
+        node = Node(server, parent, Job(request), channel)
+        if keep:
+            live.add(node)
+        return node
+
+    root = forked("root", None)
+    child = forked("child", root)
+    running = forked("running", child, keep=False)
+    forked("other", None)
+    evicted = []
+    for node in live.surplus():
+        evicted.append(node)
+        live.discard(node)
+        live.discard(node)
+    assert (evicted, live.memory) == ([root, child], 120)
+    live.discard(running)
+    assert live.memory == 40
 
 
 async def test_long_steps_after_one_state_wait_for_each_other(verifier: SandboxVerifier) -> None:

@@ -14,6 +14,8 @@ import pytest
 
 from evolve.schema import VerifierConfig
 from evolve.types import Status
+from evolve.verify.link import Link
+from evolve.verify.remembered import ENTRY_BYTES, Remembered
 from evolve.verify.selftest import descendants
 from evolve.verify.service import SandboxVerifier
 from tests.verify.support import problem
@@ -110,6 +112,47 @@ async def test_nothing_is_left_over_after_close() -> None:
     await verifier.close()
     assert all(isinstance(r, RuntimeError) for r in await asyncio.gather(*slow, return_exceptions=True))
     assert set(descendants()) <= before
+
+
+async def test_a_start_that_fails_halfway_leaves_nothing_and_can_be_tried_again(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    before = set(descendants())
+    verifier = SandboxVerifier(VerifierConfig(supervisors=2))
+    launch, launched = verifier._launch, []
+
+    async def second_fails(link: Link) -> None:
+        if launched:
+            raise OSError("no descriptors just now")
+        await launch(link)
+        launched.append(link)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(verifier, "_launch", second_fails)
+        with pytest.raises(OSError, match="just now"):
+            await verifier.start()
+        await asyncio.sleep(0.1)
+    try:
+        assert set(descendants()) <= before
+        assert (await verifier.check(problem(), (), "print(1)")).stdout == "1\n"
+        assert (await verifier.stats()).get("supervisor_restarts", 0) == 0
+    finally:
+        await verifier.close()
+    assert set(descendants()) <= before
+
+
+async def test_what_is_remembered_is_bounded_in_bytes_least_recently_used_first() -> None:
+    cache: Remembered[int] = Remembered(10 * ENTRY_BYTES)
+    for number in range(20):
+        cache.put(f"{number}", number)
+        assert cache.get("0") == 0
+    assert (len(cache), cache.bytes, cache.get("1"), cache.get("19")) == (10, 10 * ENTRY_BYTES, None, 19)
+    cache.put("long", 1, 2 * ENTRY_BYTES)
+    assert (len(cache), cache.bytes, cache.get("19")) == (2, 10 * ENTRY_BYTES, 19)
+    cache.put("long", 2)
+    assert (len(cache), cache.bytes, cache.get("long")) == (2, 2 * ENTRY_BYTES, 2)
+    cache.put("longest", 3, 100 * ENTRY_BYTES)
+    assert (len(cache), cache.get("longest")) == (1, 3)
 
 
 OWNER = """
