@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import heapq
 import sys
+import time
 from collections import Counter
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -300,6 +301,31 @@ class Sources:
     batches: tuple[Any, ...]
     """References to record batches in the object store, of trees that are in no part file yet."""
     parts: tuple[Place, ...]
+
+
+NAMESPACE = "evolve"
+"""Ray's namespace of the boards."""
+
+
+def start_board(run: str, *arguments: Any) -> Any:
+    """A `Board` made with these arguments, as an actor that others find by the name of the run."""
+    name = f"board of {run} since {time.time():.3f}"  # one that has just died may still have its name
+    made: Any = ray.remote(Board).options(num_cpus=0, name=name, namespace=NAMESPACE)
+    return made.remote(*arguments)
+
+
+def board_of(run: str) -> Any:
+    """The board of the round that a run (`run.name`) searches now, for any process that has joined its cluster.
+
+    Raises:
+        KeyError: it does not search now.
+    """
+    named = ray.util.list_named_actors(all_namespaces=True)
+    found = [actor["name"] for actor in named if actor["namespace"] == NAMESPACE]
+    boards = sorted(name for name in found if name.startswith(f"board of {run} since "))
+    if not boards:
+        raise KeyError(f"no run named {run!r} searches in this cluster now")
+    return ray.get_actor(boards[-1], namespace=NAMESPACE)
 
 
 STATISTICS = ["tree", "node", "parent", "visits", "q", "kind", "correct"]

@@ -7,7 +7,6 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-import ray
 from ray.exceptions import RayActorError
 
 from evolve.config import resolve_round
@@ -18,7 +17,7 @@ from evolve.policy.prompts import worked_examples
 from evolve.problems import for_round
 from evolve.progress import duration
 from evolve.schema import EvolveConfig, Generator, ValueKind
-from evolve.search.board import Board, Progress
+from evolve.search.board import Progress, start_board
 from evolve.search.budget import EscalatingBudget
 from evolve.search.grown import Earlier, Summaries
 from evolve.search.shard import SearchJob
@@ -148,9 +147,8 @@ def _board(
         before = run.directory.round(plan.round - 1).trees
         earlier = Earlier(before, tuple(path.name for path in entries(before, PATTERN)))
     files = len(finished.parts) + (len(earlier.parts) if earlier else 0)
-    restarts = run.config.cluster.restarts
-    made: Any = ray.remote(Board).options(num_cpus=0)
-    board = made.remote(EscalatingBudget(plan), problems, finished, directory.trees, earlier, restarts)
+    budget, restarts = EscalatingBudget(plan), run.config.cluster.restarts
+    board = start_board(run.config.run.name, budget, problems, finished, directory.trees, earlier, restarts)
     return board, CLIENT_START_S + files * PART_START_S
 
 

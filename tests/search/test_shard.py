@@ -1,7 +1,9 @@
 """A shard and its board as Ray actors, with doubles for the engine and the verifier."""
 
 import asyncio
+import contextlib
 import threading
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from random import Random
@@ -12,7 +14,7 @@ import pytest
 
 from evolve.schema import Generator, ValueKind
 from evolve.search import shard
-from evolve.search.board import Board, q_values
+from evolve.search.board import Board, board_of, q_values, start_board
 from evolve.search.budget import EscalatingBudget
 from evolve.search.seeds import derive
 from evolve.search.shard import SearchJob, Shard, summary_of
@@ -175,6 +177,27 @@ def test_q_values_of_a_problem_are_had_while_the_round_runs_and_after_its_tree_i
     with pytest.raises(KeyError, match="p1"):
         q_values(board, "p1")
     ray.kill(board)
+
+
+def test_the_board_of_a_run_is_found_by_its_name_while_it_searches(tmp_path: Path) -> None:
+    import ray
+
+    budget = EscalatingBudget(RoundPlan(1, Generator.previous, ValueKind.terminal, 6, 4, 2.0, 1, 0, ()))
+    made = {run: start_board(run, budget, [Problem(run, "?", ("3",))], (), tmp_path) for run in ("night", "nights")}
+    again = start_board("night", budget, [Problem("again", "?", ("3",))], (), tmp_path)
+    assert ray.get(board_of("night").take.remote("s", 8))[0].problem.id == "again", "of two the newer"
+    ray.kill(again)
+    for board in made.values():
+        ray.kill(board)
+
+    def until_it_is_gone() -> None:
+        deadline = time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with contextlib.suppress(ValueError):  # it is about to lose its name
+                board_of("night")
+
+    with pytest.raises(KeyError, match="no run named 'night' searches"):
+        until_it_is_gone()
 
 
 def test_a_durable_tree_leaves_the_object_store_while_others_grow(
