@@ -29,6 +29,15 @@ _RATIO = re.compile(
     r"(?:\\frac\{(?P<tsign>[+-]?)(?P<top>\d{1,60})\}\{(?P<bottom>\d{1,60})\}|"
     r"(?P<ptop>\d{1,60})/(?P<pbottom>\d{1,60}))"
 )
+_SCIENTIFIC = re.compile(
+    r"(?P<sign>[+-]?)(?:(?P<mantissa>\d{1,60}(?:\.\d{0,60})?|\.\d{1,60}) ?(?:\\times|\\cdot|\*) ?)?10 ?"
+    r"(?:\^ ?(?:\{ ?(?P<braced>[+-]?\d{1,3}) ?\}|(?P<bare>-?\d))|(?:\*\*|\^)\(?(?P<plain>[+-]?\d{1,3})\)?)"
+)
+r"""1.2\times10^{-5}, 10^5, 10**-5. In LaTeX an exponent without braces is a single digit."""
+_REPEATING = re.compile(
+    r"(?P<sign>[+-]?)(?P<whole>\d{0,30})\.(?P<part>\d{0,30})\\(?:overline|bar|dot) ?"
+    r"(?:\{ ?(?P<period>\d{1,30}) ?\}|(?P<digit>\d))"
+)
 
 
 class Number:
@@ -67,7 +76,28 @@ def read_number(text: str) -> Number | None:
                 return None
             value += int(match["whole"])
         return Number(-value if match["sign"] == "-" else value, False, False)
-    return None
+    return _scientific(text) or _repeating(text)
+
+
+def _scientific(text: str) -> Number | None:
+    """A number that is written as a multiple of a power of ten."""
+    match = _SCIENTIFIC.fullmatch(text)
+    if not match or ("\\" in text and match["plain"] and len(match["plain"]) > 1):
+        return None
+    mantissa = match["mantissa"] or "1"
+    value = Fraction(mantissa.rstrip(".")) * Fraction(10) ** int(match["braced"] or match["bare"] or match["plain"])
+    return Number(-value if match["sign"] == "-" else value, "." in mantissa, False)
+
+
+def _repeating(text: str) -> Number | None:
+    """A decimal whose last digits repeat for ever: exactly the fraction that it is."""
+    match = _REPEATING.fullmatch(text)
+    if not match:
+        return None
+    part, period = match["part"], match["period"] or match["digit"]
+    value = Fraction(int((match["whole"] or "0") + part)) + Fraction(int(period), 10 ** len(period) - 1)
+    value /= 10 ** len(part)
+    return Number(-value if match["sign"] == "-" else value, False, False)
 
 
 def _close(a: Fraction, b: Fraction, decimal: bool) -> bool:
