@@ -19,10 +19,13 @@ class Exhausted(BaseException):
 
 @dataclass(frozen=True, slots=True)
 class Fingerprint:
-    """`value`: of an expression, or of a relation's right side. `ratios`: of a relation between polynomials."""
+    """`values`: of an expression, of a set's or tuple's members, or a relation's right side; none of an infinite set.
+
+    `ratios`: of a relation between polynomials.
+    """
 
     relation: bool
-    value: complex | None
+    values: tuple[complex, ...] | None
     ratios: tuple[complex, ...] | None = None
 
 
@@ -31,10 +34,13 @@ def fingerprint(parsed: Any) -> Fingerprint | None:
     import sympy
 
     try:
-        if isinstance(parsed, sympy.Expr):
-            return Fingerprint(False, _value(parsed, 0))
+        if isinstance(parsed, sympy.Expr | sympy.FiniteSet | sympy.Tuple):
+            return Fingerprint(False, _values(parsed))
+        if isinstance(parsed, sympy.Interval | sympy.Union):
+            return Fingerprint(False, ())
         if isinstance(parsed, sympy.core.relational.Relational):
-            return Fingerprint(True, _value(parsed.rhs, 0), _ratios(parsed.lhs - parsed.rhs))
+            simple = isinstance(parsed.rhs, sympy.Expr)
+            return Fingerprint(True, _values(parsed.rhs), _ratios(parsed.lhs - parsed.rhs) if simple else None)
     except (MemoryError, RecursionError) as error:
         raise Exhausted(type(error).__name__) from None
     except Exception:  # Whatever sympy runs into: a text may be read as anything.
@@ -53,11 +59,30 @@ def apart(a: Fingerprint | None, b: Fingerprint | None) -> bool:
         if a.ratios is None or b.ratios is None:
             return False
         return any(_differ(x, y) for x, y in zip(a.ratios, b.ratios, strict=True))
-    return a.value is not None and b.value is not None and _differ(a.value, b.value)
+    if a.values is None or b.values is None:
+        return False
+    if not a.values or not b.values:
+        return not (a.relation or b.relation) and 1 in (len(a.values), len(b.values))
+    return any(
+        all(_differ(x, y) for y in others)
+        for some, others in ((a.values, b.values), (b.values, a.values))
+        for x in some
+    )
 
 
 def _differ(x: complex, y: complex) -> bool:
     return abs(x - y) > TOLERANCE * max(abs(x), abs(y))
+
+
+def _values(parsed: Any) -> tuple[complex, ...] | None:
+    """The values of an expression or of the members of a set or tuple; None where one has none."""
+    import sympy
+
+    members = [parsed] if isinstance(parsed, sympy.Expr) else list(parsed.args)
+    if not members or not all(isinstance(member, sympy.Expr) for member in members):
+        return None
+    found = [_value(member, 0) for member in members]
+    return None if None in found else tuple(value for value in found if value is not None)
 
 
 def _value(expression: Any, trial: int) -> complex | None:

@@ -193,7 +193,11 @@ def _words(text: str) -> str | None:
 
 
 def equiv(a: str, b: str) -> bool:
-    """Whether two answers are equal. Symmetric. May take for ever: call it where it can be killed."""
+    """Whether two answers are equal. Symmetric. May take for ever: call it where it can be killed.
+
+    Raises:
+        Exhausted: out of memory or of stack, so that there is no telling.
+    """
     quick = quick_equiv(a, b)
     if quick is not None:
         return quick
@@ -215,7 +219,7 @@ def equiv(a: str, b: str) -> bool:
 
 
 def group(answers: Sequence[str]) -> list[int]:
-    """For each answer the index of the first answer equal to it."""
+    """For each answer the index of the first of its group, which no order of the answers changes (see `group_by`)."""
     return group_by(answers, equiv)[0]
 
 

@@ -131,17 +131,35 @@ def quick_equiv(a: str, b: str) -> bool | None:
 
 
 def quick_group(answers: Sequence[str]) -> tuple[list[int], list[int]]:
-    """Group by what `quick_equiv` can tell: for each answer its group's first index, and those indices."""
+    """`group_by` what `quick_equiv` can tell."""
     return group_by(answers, quick_equiv)
 
 
+def specific_first(answer: str) -> tuple[bool, int, str]:
+    """A sort key: what says more comes before what may be equal to several that differ.
+
+    50% is equal to 50 and to 0.5, and 5 to 5 cm and to 5 m.
+    """
+    return "%" in answer or "percent" in answer, -len(answer), answer
+
+
 def group_by(answers: Sequence[str], equal: Callable[[str, str], bool | None]) -> tuple[list[int], list[int]]:
-    """For each answer the index of the first answer `equal` to it, and those indices."""
-    firsts: list[int] = []
-    found: list[int] = []
-    for index, answer in enumerate(answers):
-        first = next((i for i in firsts if equal(answers[i], answer)), index)
-        if first == index:
-            firsts.append(index)
-        found.append(first)
-    return found, firsts
+    """For each answer the index of its group's first, and for each group the index of one that stands for it.
+
+    Equality is not transitive: an answer belongs to the first group whose most specific answer, which stands for it,
+    is equal to it. So the groups are the same whatever the answers' order is. An empty answer is equal to none.
+    """
+    texts = [answer.strip() for answer in answers]
+    first: dict[str, int] = {}
+    for index, text in enumerate(texts):
+        if text:
+            first.setdefault(text, index)
+    standing: list[str] = []
+    chosen: dict[str, str] = {}
+    for text in sorted(first, key=specific_first):
+        chosen[text] = next((other for other in standing if equal(other, text)), text)
+        if chosen[text] == text:
+            standing.append(text)
+    firsts: dict[str, int] = {}
+    found = [firsts.setdefault(chosen[text], index) if text else index for index, text in enumerate(texts)]
+    return found, [first[text] for text in standing]

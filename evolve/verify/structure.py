@@ -82,6 +82,10 @@ def structure(text: str, depth: int = 0) -> Tree:
     inner = NAMED.match(text)
     if inner and read_number(text[inner.end() :]):
         return value
+    if inner and _PLUS_MINUS.search(text):
+        body = structure(text[inner.end() :], depth + 1)
+        if body.kind == "list":
+            return Tree("list", [Tree("value", [], inner[0] + item.text) for item in body.items], text)
     if inner and "\\in" in inner[0]:
         return structure(text[inner.end() :], depth + 1)
     union = split_top(text, ["\\cup", " U "])
@@ -98,7 +102,7 @@ def structure(text: str, depth: int = 0) -> Tree:
                 return structure(items[0], depth + 1)
     items = split_top(text, [",", ";", " and ", " or ", "\\text{ and }", "\\text{ or }", "\\text{and}", "\\text{or}"])
     items = [item for item in items if item]
-    if len(items) > 1 or (items and _PLUS_MINUS.search(items[0]) and "=" not in NAMED.sub("", items[0])):
+    if len(items) > 1 or (items and _PLUS_MINUS.search(items[0]) and "=" not in items[0]):
         return Tree("list", _flatten(items, depth), text)
     return value
 

@@ -4,15 +4,21 @@ import asyncio
 import json
 import time
 from collections.abc import AsyncIterator
+from itertools import permutations
 from pathlib import Path
 
+import math_verify
+import math_verify.grader
+import math_verify.parser
 import pytest
 import pytest_asyncio
 
 from benchmarks.grading import sweep
 from evolve.schema import VerifierConfig
 from evolve.types import Outcome, Problem
-from evolve.verify.grading import group
+from evolve.verify import formulas
+from evolve.verify.fingerprints import Exhausted
+from evolve.verify.grading import equiv, group
 from evolve.verify.notation import extract_answer
 from evolve.verify.numerals import LONGEST
 from evolve.verify.service import GradingUnavailable, SandboxVerifier, packets
@@ -68,6 +74,44 @@ def test_the_sweep_finds_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
     assert len(wrong) == counts["unequal_rewritings"] + counts["equal_near_misses"]
 
 
+def test_boxes_are_found_in_linear_time() -> None:
+    started = time.process_time()
+    assert extract_answer("\\boxed{" * 100_000) is None
+    assert extract_answer("\\boxed{" * 100_000 + "5" + "}" * 100_000) == "5"
+    assert time.process_time() - started < 2
+
+
+@pytest.mark.parametrize(
+    "answers",
+    [
+        ["50%", "0.5", "50"],
+        ["5 cm", "5", "5 m", "5 cm^2"],
+        ["E", "e", "(E)", "2.718281828459045"],
+        ["1/2", "0.5", "50\\%", "\\frac12 cm", "50 percent"],
+    ],
+)
+def test_no_order_of_the_answers_changes_their_groups(answers: list[str]) -> None:
+    found = set()
+    for order in permutations(answers):
+        groups = group(order)
+        assert all(groups[first] == first <= index for index, first in enumerate(groups))
+        found.add(frozenset(frozenset(a for a, g in zip(order, groups, strict=True) if g == i) for i in set(groups)))
+    assert len(found) == 1
+
+
+def test_no_vague_answer_joins_two_that_differ() -> None:
+    assert group(["50%", "0.5", "50"]) == [0, 0, 2]
+    assert group(["5", "5 m", "5 cm"]) == [0, 1, 0]
+
+
+def test_different_equations_are_told_apart_quickly() -> None:
+    group(["x+3y=7"])
+    started = time.process_time()
+    assert group([f"{k % 10 + 1}x+3y=7" for k in range(20)]) == [k % 10 for k in range(20)]
+    assert group(["xy=1", "2x+6y=14", "y=\\frac1x", "x+3y=7", "x+3y=8"]) == [0, 1, 0, 1, 4]
+    assert time.process_time() - started < 5
+
+
 def test_grouping_names_the_first_of_each_group() -> None:
     assert group(["\\frac{1}{2}", "3", "0.5", "x", "3.0", "x"]) == [0, 1, 0, 3, 1, 3]
 
@@ -93,6 +137,58 @@ async def test_a_comparison_that_hangs_is_an_outcome_of_its_own(verifier: Sandbo
     assert outcome is Outcome.TIMEOUT
     assert time.monotonic() - started < 8
     assert await verifier.grade(Problem("p", "q", ("\\sqrt{4}",)), "2") is Outcome.CORRECT
+
+
+DEEP = "\\sqrt{" * 150 + "x" + "}" * 150
+
+
+@pytest.mark.parametrize("error", [MemoryError, RecursionError])
+def test_what_runs_out_of_memory_or_stack_is_not_unequal(
+    monkeypatch: pytest.MonkeyPatch, error: type[Exception]
+) -> None:
+    def fail(*args: object, **kwargs: object) -> None:
+        raise error
+
+    formulas._math_verify.cache_clear()
+    monkeypatch.setattr(math_verify.grader, "simplify", fail)
+    monkeypatch.setattr(math_verify.grader, "solve", math_verify.grader.solve)
+    monkeypatch.setattr(math_verify.parser, "latex2sympy", math_verify.parser.latex2sympy)
+    try:
+        for pair in (("\\sin^2 x+\\cos^2 x+y", "1+y"), (DEEP, "x")):
+            with pytest.raises(Exhausted):
+                equiv(*pair)
+            with pytest.raises(Exhausted):
+                equiv(*reversed(pair))
+    finally:
+        formulas._math_verify.cache_clear()
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_a_comparison_that_runs_out_of_stack_is_neither_right_nor_wrong(verifier: SandboxVerifier) -> None:
+    before = (await verifier.stats()).get("sandbox_failures", 0)
+    assert await verifier.grade(Problem("p", "q", ("x",)), DEEP) is Outcome.TIMEOUT
+    assert await verifier.group(["2x", DEEP, "3x", "x*2"]) == [0, 1, 2, 0]
+    assert (await verifier.stats()).get("sandbox_failures", 0) == before
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_each_pair_has_a_time_limit_of_its_own(verifier: SandboxVerifier) -> None:
+    answers = [f"y = \\sqrt{{x + {k % 6 + 2}}} + e^{{x + {k % 6}}}" for k in range(12)]
+    answers[6:] = [answer.replace("= ", "= 0 + ") for answer in answers[6:]]
+    assert await verifier.group(answers) == [k % 6 for k in range(12)]
+    equations = [f"{k % 10 + 1}x+3y=7" for k in range(20)]
+    assert await verifier._group_one_by_one(equations) == [k % 10 for k in range(20)]
+    assert await verifier.group(equations) == [k % 10 for k in range(20)]
+
+
+@pytest.mark.asyncio(loop_scope="module")
+async def test_the_sandbox_makes_the_same_groups_of_every_order(verifier: SandboxVerifier) -> None:
+    answers = ["5 cm", "50%", "0.5", " 5", "50", "5 m", "\\frac12"]
+    found = set()
+    for order in (answers, answers[::-1], answers[3:] + answers[:3]):
+        groups = await verifier.group(order)
+        found.add(frozenset(frozenset(a for a, g in zip(order, groups, strict=True) if g == i) for i in set(groups)))
+    assert len(found) == 1
 
 
 @pytest.mark.asyncio(loop_scope="module")
