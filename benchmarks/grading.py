@@ -12,6 +12,7 @@ import re
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from decimal import Decimal
 from pathlib import Path
 from typing import Any
 
@@ -41,7 +42,9 @@ def rewritings(gold: str) -> Iterator[str]:
         yield f"$x = {gold}$"
     if re.search(r"\d", gold) and not worded:
         yield f"{gold} \\text{{ units}}"
-        yield f"{gold}\\text{{ cm}}"
+        if not re.search(r"\\circ|%|\$", gold):
+            yield f"{gold}\\text{{ cm}}"
+    yield from _as_python(gold)
     if re.fullmatch(_PLAIN, gold):
         yield f"{gold} units"
         yield f"{gold} dollars"
@@ -52,6 +55,25 @@ def rewritings(gold: str) -> Iterator[str]:
         yield f"\\${gold}" if not gold.startswith("-") else gold
     if "\\left" not in gold:
         yield gold.replace("(", "\\left(").replace(")", "\\right)") if gold.count("(") == gold.count(")") else gold
+
+
+def _as_python(gold: str) -> Iterator[str]:
+    """What Python prints for an answer."""
+    fraction = re.fullmatch(r"(-?)\\d?frac\{(\d+)\}\{(\d+)\}", gold)
+    if fraction:
+        yield f"Fraction({fraction[1]}{fraction[2]}, {fraction[3]})"
+    if re.fullmatch(r"-?\d+(?:\.\d+)?", gold):
+        yield f"np.float64({gold})"
+        yield f"{Decimal(gold):e}"
+        yield f"Eq(x, {gold})"
+        yield f"{Decimal(gold):e}".replace("e", "\\times10^{") + "}"
+    numbers = re.fullmatch(r"\((-?\d+), ?(-?\d+)\)", gold)
+    if numbers:
+        yield f"y={numbers[2]}, x={numbers[1]}"
+        yield f"(x, y) = ({numbers[1]}, {numbers[2]})"
+        yield f"\\langle {numbers[1]}, {numbers[2]} \\rangle"
+    if re.fullmatch(r"[-+ \da-z^=]*", gold) and re.search(r"[a-z]", gold) and not re.search(r"[a-z]{2}|\d\d", gold):
+        yield re.sub(r"(?<=\d)(?=[a-z])", "*", gold).replace("^", "**")
 
 
 def _thousands(text: str) -> bool:
@@ -82,13 +104,18 @@ def near_misses(gold: str) -> Iterator[str]:
         for letters in ("t", "h", " ab", " xy"):
             yield gold + letters
     if re.fullmatch(_PLAIN, gold) and re.search("[1-9]", gold):
-        for word in ("million", "dozen", "squared", "thirds", "PM", "or three"):
+        for word in ("million", "dozen", "dozens", "thousands", "\\mod 5", "squared", "thirds", "PM", "or three"):
             yield f"{gold} {word}"
-            yield f"{gold}\\text{{ {word}}}"
+            if "\\" not in word:
+                yield f"{gold}\\text{{ {word}}}"
     tuple_ = re.fullmatch(r"(\\left)?\((.*?)(\\right)?\)", gold)
     parts = [part.strip() for part in tuple_[2].split(",")] if tuple_ else []
     if len(parts) > 1 and parts[0] != parts[1] and all(p.count("(") == p.count(")") for p in parts):
         yield f"({', '.join([parts[1], parts[0], *parts[2:]])})"
+        if len(parts) < 4 and not re.search(r"=|\(", ",".join(parts)):
+            named = zip("xyz", [parts[1], parts[0], *parts[2:]], strict=False)
+            yield ", ".join(f"{name}={part}" for name, part in named)
+            yield f"({','.join('yxz'[: len(parts)])}) = ({', '.join(parts)})"
 
 
 def read(path: Path, column: str) -> list[str]:

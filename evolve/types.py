@@ -106,7 +106,7 @@ class Outcome(StrEnum):
     CORRECT = "correct"
     WRONG = "wrong"
     TIMEOUT = "timeout"
-    """The comparison did not end in time; such an answer is neither correct nor wrong."""
+    """The comparison did not end in time, in memory or in stack; such an answer is neither correct nor wrong."""
     INFRASTRUCTURE = "infrastructure"
     """The grader failed; retried, counted, never a label."""
 
@@ -301,7 +301,7 @@ class Verifier(Protocol):
         ...
 
     async def group(self, answers: Sequence[str]) -> list[int]:
-        """For each answer the index of the first answer equal to it; for votes."""
+        """For each answer the index of the first of its group of equal ones; for votes."""
         ...
 
     async def stats(self) -> Mapping[str, float]:

@@ -3,25 +3,46 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from evolve.verify.notation import FUNCTIONS
+from evolve.verify.fingerprints import Exhausted, Fingerprint, apart, fingerprint
+from evolve.verify.units import FUNCTIONS, GREEK
 
-_PYTHON = re.compile(rf"\*|(?<![A-Za-z\\])(?:{'|'.join(sorted(FUNCTIONS))})\(|(?<![A-Za-z\\])(?:pi|oo|I)(?![A-Za-z])")
-_TOKENS = re.compile(r"\s*(?:\d+(?:\.\d*)?|\.\d+|[A-Za-z]+|\*\*|[-+*/^(),=<>])")
-_NAMES = FUNCTIONS | {"pi", "oo", "I", "E"}
+_PYTHON = re.compile(
+    rf"\*|(?<![A-Za-z\\])(?:{'|'.join(sorted(FUNCTIONS))})\(|\d[eE][-+]?\d|"
+    rf"(?<![A-Za-z\\])(?:pi|oo|I|E|{'|'.join(sorted(GREEK))})(?![A-Za-z])"
+)
+_TOKENS = re.compile(r"\s*(?:(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?|[A-Za-z]+|\*\*|[-+*/^(),])")
+_NAMES = FUNCTIONS | GREEK | {"pi", "oo", "I", "E"}
+_RELATION = re.compile(r"\s*(<=|>=|!=|=|<|>)\s*")
+_IN_LATEX = {"<=": "\\leq", ">=": "\\geq", "!=": "\\neq"}
+_PRIMED = re.compile(r"([A-Za-z])(?:_\{(\w+)\})?(?:'|\^ ?\{?\\prime\}?)")
 _APART = re.compile(r"\d (?!\d{3}(?!\d))\d++(?!\s*/)")
 """Two numbers side by side, neither groups of digits nor a mixed number; math-verify adds them up."""
 
 
 def _python_to_latex(text: str) -> str | None:
-    """An expression as sympy prints it, in LaTeX; None when it is not one.
+    """An expression or relation as sympy prints it, in LaTeX; None when it is not one.
 
-    Only numbers, operators, single letters and `_NAMES` get as far as sympy's parser, which evaluates.
+    A logarithm is the natural one, as in Python, and E is Euler's number.
     """
     if "\\" in text or not _PYTHON.search(text):
         return None
+    parts = _RELATION.split(text)
+    sides = [_side_to_latex(side) for side in parts[::2]]
+    signs = [_IN_LATEX.get(sign, sign) for sign in parts[1::2]]
+    if None in sides:
+        return None
+    return " ".join(map(str, [sides[0], *(part for pair in zip(signs, sides[1:], strict=True) for part in pair)]))
+
+
+def _side_to_latex(text: str) -> str | None:
+    """One side of a relation.
+
+    Only numbers, operators, single letters and `_NAMES` get as far as sympy's parser, which evaluates.
+    """
     position = 0
     while position < len(text.rstrip()):
         match = _TOKENS.match(text, position)
@@ -34,19 +55,45 @@ def _python_to_latex(text: str) -> str | None:
     import sympy
     from sympy.parsing.sympy_parser import implicit_multiplication, parse_expr, standard_transformations
 
-    names = {name: sympy.Symbol(name) for name in set(re.findall(r"[A-Za-z]+", text)) if len(name) == 1}
-    names |= {name: getattr(sympy, name) for name in _NAMES if hasattr(sympy, name)}
-    names.pop("E", None) if "E" not in text else None
+    letters = {name for name in re.findall(r"[A-Za-z]+", text) if len(name) == 1}
+    names = {name: getattr(sympy, name) for name in _NAMES if hasattr(sympy, name)}
+    names |= {name: sympy.Symbol(name) for name in letters - _NAMES | GREEK}
+    names["lamda"] = sympy.Symbol("lambda")
     try:
         parsed = parse_expr(
-            text.replace("^", "**"),
+            re.sub(r"\blambda\b", "lamda", text).replace("^", "**"),
             local_dict=names,
             transformations=(*standard_transformations, implicit_multiplication),
             evaluate=True,
         )
-        return str(sympy.latex(parsed))
+        return str(sympy.latex(parsed, ln_notation=True, inv_trig_style="full"))
+    except (MemoryError, RecursionError) as error:
+        raise Exhausted(type(error).__name__) from None
     except Exception:  # Of an unfinished expression, tokenize.TokenError; of others, whatever sympy runs into.
         return None
+
+
+def _telling(function: Callable[..., Any]) -> Callable[..., Any]:
+    """The function, made to tell when it runs out of memory or of stack."""
+
+    def called(*args: Any, **kwargs: Any) -> Any:
+        try:
+            return function(*args, **kwargs)
+        except (MemoryError, RecursionError) as error:
+            raise Exhausted(type(error).__name__) from None
+
+    return called
+
+
+@lru_cache(maxsize=1)
+def _math_verify() -> Any:
+    """The module. It takes any `Exception` of these functions for a formula that it cannot read, or for `unequal`."""
+    import math_verify
+    from math_verify import grader, parser
+
+    for module, name in ((parser, "latex2sympy"), (grader, "simplify"), (grader, "solve")):
+        setattr(module, name, _telling(getattr(module, name)))
+    return math_verify
 
 
 @lru_cache(maxsize=1)
@@ -66,49 +113,34 @@ def _reading() -> tuple[Any, ...]:
 @lru_cache(maxsize=1 << 10)
 def _parsed(text: str) -> tuple[Any, ...]:
     """What math-verify reads in a formula: expressions, then the text itself."""
-    import math_verify
-
     if _APART.search(text):
         return ()
-    # math-verify sees the imaginary unit only where it stands alone.
-    latex = re.sub(r"(?<=\d)i(?![A-Za-z])", " i", _python_to_latex(text) or text)
-    return tuple(math_verify.parse(f"${latex}$", _reading(), parsing_timeout=None))
+    latex = _python_to_latex(text) or text
+    # math-verify sees the imaginary unit only where it stands alone, and no primes.
+    latex = re.sub(r"(?<=\d)i(?![A-Za-z])", " i", latex)
+    while (primed := _PRIMED.sub(r"\1_{\2prime}", latex)) != latex:
+        latex = primed
+    return tuple(_math_verify().parse(f"${latex}$", _reading(), parsing_timeout=None))
 
 
 @lru_cache(maxsize=1 << 10)
-def _fingerprint(text: str) -> complex | None:
-    """A formula's value with its variables at fixed odd points; None when it has no finite value."""
-    import sympy
-
-    for parsed in _parsed(text):
-        if not isinstance(parsed, sympy.Expr):
-            continue
-        points = {
-            symbol: sympy.Rational(sum(map(ord, symbol.name)) * 37 % 101 + 7, 53) for symbol in parsed.free_symbols
-        }
-        try:
-            value = complex(parsed.subs(points).evalf(15))
-        except Exception:
-            return None
-        return value if value == value and abs(value) < 1e300 else None
-    return None
+def _fingerprint(text: str) -> Fingerprint | None:
+    """The fingerprint of a formula's first reading."""
+    return fingerprint(next(iter(_parsed(text)), None))
 
 
 def formulas_equal(a: str, b: str) -> bool:
     """Formulas, compared by math-verify in both directions, after a numerical look that tells most apart.
 
     What it cannot compare is unequal: the text may be anything.
-    """
-    import math_verify
 
-    first, second = _fingerprint(a), _fingerprint(b)
-    comparable = first is not None and second is not None and "%" not in a + b
-    if comparable and abs(first - second) > 1e-5 * max(abs(first), abs(second)):  # type: ignore[operator,arg-type]
+    Raises:
+        Exhausted: out of memory or of stack, so that there is no telling.
+    """
+    if "%" not in a + b and apart(_fingerprint(a), _fingerprint(b)):
         return False
     golds, answers = list(_parsed(a)), list(_parsed(b))
     if not golds or not answers:
         return False
-    return bool(
-        math_verify.verify(golds, answers, timeout_seconds=None)
-        or math_verify.verify(answers, golds, timeout_seconds=None)
-    )
+    verify = _math_verify().verify
+    return bool(verify(golds, answers, timeout_seconds=None) or verify(answers, golds, timeout_seconds=None))

@@ -16,19 +16,30 @@ import re
 from collections.abc import Sequence
 
 from evolve.verify.formulas import formulas_equal
-from evolve.verify.notation import FORMULA_WORDS, WORDS, normalise, take_unit, units_differ
+from evolve.verify.notation import WORDS, normalise
 from evolve.verify.numerals import group_by, numbers_equal, quick_equiv, read_number
 from evolve.verify.printed import has_relation, solutions
 from evolve.verify.structure import NAMED, Tree, structure
+from evolve.verify.units import FORMULA_WORDS, take_unit, units_differ
 
 _CHOICE = re.compile(r"\(([A-Z])\)|(?:[Oo]ption|[Cc]hoice) \(?([A-Za-z])\)?")
 _LABELLED = re.compile(r"\(([A-Z])\) (?![A-Z]\b)(?:[\w.]|\\(?:frac|sqrt|pi)).*")
 """A choice with what it says."""
+_RESIDUE = re.compile(r"(.+?)\s*(?:\\p?mod|\(?(?<![A-Za-z\\])mod)(?![A-Za-z])(.+)")
+r"""A residue class: 2 \pmod 5."""
 _UNORDERED = frozenset({"list", "set"})
 
 
 def _match(a: list[Tree], b: list[Tree], ordered: bool) -> bool:
-    """Whether items pair off as equals."""
+    """Whether items pair off as equals.
+
+    Where order counts, items that are all named go by their names.
+    """
+    if ordered and (_names(a) or _names(b)):
+        if _names(a) and _names(b):
+            return _match(a, b, ordered=False)
+        first, second = _in_order(a), _in_order(b)
+        return first is not None and second is not None and _match(_bodies(first), _bodies(second), ordered=True)
     if len(a) != len(b) or len(a) > 64:
         return False
     if ordered:
@@ -42,6 +53,33 @@ def _match(a: list[Tree], b: list[Tree], ordered: bool) -> bool:
         else:
             return False
     return True
+
+
+def _names(items: list[Tree]) -> list[str]:
+    """The names of items that all have one, as `x=1` has; else none."""
+    found = [NAMED.match(item.text) if item.kind == "value" else None for item in items]
+    return [match[1] for match in found if match] if all(found) else []
+
+
+def _in_order(items: list[Tree]) -> list[Tree] | None:
+    """Items in the order of a tuple, by names that follow each other in the alphabet.
+
+    None: by their names they have no order of which a tuple's reader could know.
+    """
+    names = _names(items)
+    if not names:
+        return items
+    parts = [re.fullmatch(r"([A-Za-z])(?:_\{(\d+)\})?", name) for name in names]
+    indexed = len({part and part[1] for part in parts}) == 1
+    ranks = [int((part[2] if indexed else ord(part[1])) or 0) if part else -1 for part in parts]
+    if sorted(ranks) != list(range(min(ranks), min(ranks) + len(ranks))):
+        return None
+    return [item for _, item in sorted(zip(ranks, items, strict=True), key=lambda pair: pair[0])]
+
+
+def _bodies(items: list[Tree]) -> list[Tree]:
+    """What named items say of their names; others as they are."""
+    return [structure(NAMED.sub("", item.text)) if item.kind == "value" else item for item in items]
 
 
 def _distinct(items: list[Tree]) -> list[Tree]:
@@ -105,13 +143,24 @@ def _values_equal(a: str, b: str) -> bool:
     if chosen is not None:
         return chosen
     words = [_words(text) for text in (a, b)]
+    if None in words and ("E" in (a, b) or _is_product(a, b)):  # E: a choice, and Euler's number as sympy prints it.
+        return formulas_equal(a, b)
     if words[0] is not None or words[1] is not None:
         return words[0] == words[1]
-    bases = [re.fullmatch(r"(-?[\dA-Z]+)_(\d+)", text) for text in (a, b)]
+    classes = [_RESIDUE.fullmatch(text) for text in (a, b)]
+    if any(classes):
+        parts = [[part.strip(" {}()") for part in m.groups()] for m in classes if m]
+        return all(classes) and equiv(parts[0][0], parts[1][0]) and equiv(parts[0][1], parts[1][1])
+    bases = [re.fullmatch(r"(-?[\dA-Z]+)_\{(\d+)\}", text) for text in (a, b)]
     if any(bases):
         digits = [m[1] if m else text for text, m in zip((a, b), bases, strict=True)]
         return digits[0] == digits[1] and (not all(bases) or bases[0][2] == bases[1][2])  # type: ignore[index]
     return formulas_equal(a, b)
+
+
+def _is_product(a: str, b: str) -> bool:
+    """Whether one of two texts is a product of letters with signs between them, and so may be the other without."""
+    return any(re.fullmatch(r"[A-Za-z](?: ?(?:\*|\\cdot|\\times) ?[A-Za-z])+", text) for text in (a, b))
 
 
 def _same_choice(a: str, b: str) -> bool | None:
@@ -144,7 +193,11 @@ def _words(text: str) -> str | None:
 
 
 def equiv(a: str, b: str) -> bool:
-    """Whether two answers are equal. Symmetric. May take for ever: call it where it can be killed."""
+    """Whether two answers are equal. Symmetric. May take for ever: call it where it can be killed.
+
+    Raises:
+        Exhausted: out of memory or of stack, so that there is no telling.
+    """
     quick = quick_equiv(a, b)
     if quick is not None:
         return quick
@@ -166,7 +219,7 @@ def equiv(a: str, b: str) -> bool:
 
 
 def group(answers: Sequence[str]) -> list[int]:
-    """For each answer the index of the first answer equal to it."""
+    """For each answer the index of the first of its group, which no order of the answers changes (see `group_by`)."""
     return group_by(answers, equiv)[0]
 
 

@@ -32,7 +32,7 @@ PACKAGES = (
 
 MODULES = (
     *("launcher", "zygote", "preload", "arithmetic"),
-    *("grading", "numerals", "notation", "structure", "printed", "formulas"),
+    *("grading", "numerals", "notation", "units", "structure", "printed", "formulas", "fingerprints"),
 )
 """What of this package itself is visible inside."""
 

@@ -29,6 +29,15 @@ _RATIO = re.compile(
     r"(?:\\frac\{(?P<tsign>[+-]?)(?P<top>\d{1,60})\}\{(?P<bottom>\d{1,60})\}|"
     r"(?P<ptop>\d{1,60})/(?P<pbottom>\d{1,60}))"
 )
+_SCIENTIFIC = re.compile(
+    r"(?P<sign>[+-]?)(?:(?P<mantissa>\d{1,60}(?:\.\d{0,60})?|\.\d{1,60}) ?(?:\\times|\\cdot|\*) ?)?10 ?"
+    r"(?:\^ ?(?:\{ ?(?P<braced>[+-]?\d{1,3}) ?\}|(?P<bare>-?\d))|(?:\*\*|\^)\(?(?P<plain>[+-]?\d{1,3})\)?)"
+)
+r"""1.2\times10^{-5}, 10^5, 10**-5. In LaTeX an exponent without braces is a single digit."""
+_REPEATING = re.compile(
+    r"(?P<sign>[+-]?)(?P<whole>\d{0,30})\.(?P<part>\d{0,30})\\(?:overline|bar|dot) ?"
+    r"(?:\{ ?(?P<period>\d{1,30}) ?\}|(?P<digit>\d))"
+)
 
 
 class Number:
@@ -67,7 +76,28 @@ def read_number(text: str) -> Number | None:
                 return None
             value += int(match["whole"])
         return Number(-value if match["sign"] == "-" else value, False, False)
-    return None
+    return _scientific(text) or _repeating(text)
+
+
+def _scientific(text: str) -> Number | None:
+    """A number that is written as a multiple of a power of ten."""
+    match = _SCIENTIFIC.fullmatch(text)
+    if not match or ("\\" in text and match["plain"] and len(match["plain"]) > 1):
+        return None
+    mantissa = match["mantissa"] or "1"
+    value = Fraction(mantissa.rstrip(".")) * Fraction(10) ** int(match["braced"] or match["bare"] or match["plain"])
+    return Number(-value if match["sign"] == "-" else value, "." in mantissa, False)
+
+
+def _repeating(text: str) -> Number | None:
+    """A decimal whose last digits repeat for ever: exactly the fraction that it is."""
+    match = _REPEATING.fullmatch(text)
+    if not match:
+        return None
+    part, period = match["part"], match["period"] or match["digit"]
+    value = Fraction(int((match["whole"] or "0") + part)) + Fraction(int(period), 10 ** len(period) - 1)
+    value /= 10 ** len(part)
+    return Number(-value if match["sign"] == "-" else value, False, False)
 
 
 def _close(a: Fraction, b: Fraction, decimal: bool) -> bool:
@@ -101,17 +131,35 @@ def quick_equiv(a: str, b: str) -> bool | None:
 
 
 def quick_group(answers: Sequence[str]) -> tuple[list[int], list[int]]:
-    """Group by what `quick_equiv` can tell: for each answer its group's first index, and those indices."""
+    """`group_by` what `quick_equiv` can tell."""
     return group_by(answers, quick_equiv)
 
 
+def specific_first(answer: str) -> tuple[bool, int, str]:
+    """A sort key: what says more comes before what may be equal to several that differ.
+
+    50% is equal to 50 and to 0.5, and 5 to 5 cm and to 5 m.
+    """
+    return "%" in answer or "percent" in answer, -len(answer), answer
+
+
 def group_by(answers: Sequence[str], equal: Callable[[str, str], bool | None]) -> tuple[list[int], list[int]]:
-    """For each answer the index of the first answer `equal` to it, and those indices."""
-    firsts: list[int] = []
-    found: list[int] = []
-    for index, answer in enumerate(answers):
-        first = next((i for i in firsts if equal(answers[i], answer)), index)
-        if first == index:
-            firsts.append(index)
-        found.append(first)
-    return found, firsts
+    """For each answer the index of its group's first, and for each group the index of one that stands for it.
+
+    Equality is not transitive: an answer belongs to the first group whose most specific answer, which stands for it,
+    is equal to it. So the groups are the same whatever the answers' order is. An empty answer is equal to none.
+    """
+    texts = [answer.strip() for answer in answers]
+    first: dict[str, int] = {}
+    for index, text in enumerate(texts):
+        if text:
+            first.setdefault(text, index)
+    standing: list[str] = []
+    chosen: dict[str, str] = {}
+    for text in sorted(first, key=specific_first):
+        chosen[text] = next((other for other in standing if equal(other, text)), text)
+        if chosen[text] == text:
+            standing.append(text)
+    firsts: dict[str, int] = {}
+    found = [firsts.setdefault(chosen[text], index) if text else index for index, text in enumerate(texts)]
+    return found, [first[text] for text in standing]

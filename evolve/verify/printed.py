@@ -9,7 +9,13 @@ from evolve.verify.structure import encloses, split_top
 _NUMBER = r"[-+]?(?:\d+(?:\.\d*)?|\.\d+)(?:[eE][-+]?\d+)?"
 _ROW = rf"\[\s*{_NUMBER}(?:\s+{_NUMBER})*\s*\]"
 _ARRAY = re.compile(rf"{_ROW}|\[\s*{_ROW}(?:\s*{_ROW})*\s*\]")
-_CALL = re.compile(r"(Interval(?:\.(?:open|Lopen|Ropen))?|Union|FiniteSet)(\(.*\))")
+_CALL = re.compile(r"(Interval(?:\.(?:open|Lopen|Ropen))?|Union|FiniteSet|Eq)(\(.*\))")
+_PLAIN = (
+    (re.compile(rf"\b(?:np|numpy)\.\w+\(({_NUMBER})\)|\b(?:Decimal|mpf)\('({_NUMBER})'\)"), r"\1\2"),
+    (re.compile(r"(^|[\[(,{] ?)Fraction\((-?\d+), (\d+)\)(?=$|[\]),}])"), r"\1\2/\3"),
+    (re.compile(rf"\(({_NUMBER}[-+](?:\d+(?:\.\d*)?|\.\d+))j\)"), r"\1i"),
+)
+"""Numbers by the names of their types, and complex ones."""
 _BRACKETS = {"": "[]", ".open": "()", ".Lopen": "(]", ".Ropen": "[)"}
 _WHOLE = {
     "EmptySet": "\\emptyset",
@@ -25,7 +31,12 @@ _LESS, _STRICT = ("<", "<=", "\\leq", "\\lt", "≤"), ("<", ">", "\\lt", "\\gt")
 
 
 def from_printed(text: str, depth: int = 0) -> str:
-    """An array or a set as numpy or sympy prints it, in LaTeX; any other text as it is. `depth` bounds the nesting."""
+    """A number, array, set or equation as Python prints it, in the notation of answers; any other text as it is.
+
+    `depth` bounds the nesting.
+    """
+    for pattern, plain in _PLAIN if depth == 0 else ():
+        text = pattern.sub(plain, text)
     if text in _WHOLE:
         return _WHOLE[text]
     if _ARRAY.fullmatch(text):
@@ -38,6 +49,8 @@ def from_printed(text: str, depth: int = 0) -> str:
         return " \\cup ".join(from_printed(item, depth + 1) for item in items)
     if call[1] == "FiniteSet":
         return f"\\{{{', '.join(items)}\\}}"
+    if call[1] == "Eq":
+        return " = ".join(items) if len(items) == 2 else text
     brackets = _BRACKETS[call[1].removeprefix("Interval")]
     return _interval(brackets[0], items[0], items[1], brackets[1]) if len(items) == 2 else text
 
@@ -77,7 +90,7 @@ def _bounds(condition: str) -> tuple[str, dict[str, tuple[str, str]]] | None:
     """The variable of `x < 3`, `3 > x` or `1 < x < 3`, and its bounds: `low` and `high`, each a bracket and a value."""
     sides = [side.strip() for side in _RELATION.split(condition)]
     relations = _RELATION.findall(condition)
-    places = [i for i, side in enumerate(sides) if re.fullmatch(r"[A-Za-z](?:_\d)?", side)]
+    places = [i for i, side in enumerate(sides) if re.fullmatch(r"[A-Za-z](?:_\{\d+\})?", side)]
     if len(sides) == 3 and 1 in places:
         places = [1]
     if len(places) != 1 or len(sides) > 3 or len({relation in _LESS for relation in relations}) != 1:

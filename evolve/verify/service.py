@@ -28,7 +28,7 @@ from evolve.verify import cgroups
 from evolve.verify.layers import ENVIRONMENT, Layers, detect
 from evolve.verify.link import Link
 from evolve.verify.nodes import digest
-from evolve.verify.numerals import LONGEST, quick_equiv, quick_group
+from evolve.verify.numerals import LONGEST, quick_equiv, quick_group, specific_first
 from evolve.verify.remembered import Remembered
 from evolve.verify.steps import CODE_BYTES, looks_plain, prefix_keys, refusal, server_kind, validate
 
@@ -334,24 +334,27 @@ class SandboxVerifier:
         return list(await asyncio.gather(*(self.grade(*request) for request in requests)))
 
     async def group(self, answers: Sequence[str]) -> list[int]:
-        """For each answer the index of the first answer equal to it.
+        """For each answer the index of the first of its group of equal ones (see `numerals.group_by`).
 
         Answers that are longer than `LONGEST`, or the longest of more than fit one packet, equal identical ones only.
 
         Raises:
             GradingUnavailable: the sandbox cannot compare answers.
         """
-        result, firsts = quick_group(answers)
-        sent = sorted((i for i in firsts if 0 < len(answers[i].strip()) <= LONGEST), key=lambda i: len(answers[i]))
-        sent = sorted(sent[: len(packets([answers[i].strip() for i in sent])[0])])
-        if len(sent) < 2:
-            return result
-        texts = [answers[index].strip() for index in sent]
+        quick, standing = quick_group(answers)
+        places = {answers[index].strip(): quick[index] for index in standing}
+        short = sorted((text for text in places if len(text) <= LONGEST), key=lambda text: (len(text), text))
+        texts = sorted(packets(short)[0], key=specific_first)
+        if len(texts) < 2:
+            return quick
         groups = await self._compare("group:" + texts[0], "P", texts)
         if groups is None:
             groups = await self._group_apart(texts)
-        merged = {first: sent[groups[place]] for place, first in enumerate(sent)}
-        return [merged.get(index, index) for index in result]
+        first: dict[int, int] = {}
+        for text, group in zip(texts, groups, strict=True):
+            first[group] = min(places[text], first.get(group, len(answers)))
+        merged = {places[text]: first[group] for text, group in zip(texts, groups, strict=True)}
+        return [merged.get(index, index) for index in quick]
 
     async def _group_apart(self, texts: list[str]) -> list[int]:
         """Group where some comparison hangs. Answers that hang against anything stand alone; the rest is
@@ -372,25 +375,26 @@ class SandboxVerifier:
         return result
 
     async def _group_one_by_one(self, texts: list[str]) -> list[int]:
-        """Group with a child, and so a time limit, for each answer; one that does not end stands alone."""
-        firsts: list[int] = []
+        """Group with children, and so time limits, for each answer; the same groups as `group_by` makes."""
+        standing: list[int] = []
         result: list[int] = []
         for index, text in enumerate(texts):
-            pairs = [[texts[first], text] for first in firsts]
             equal: list[int] = []
-            for packet in packets(pairs):
-                part = await self._compare(f"group:{index}:{text}", "G", packet) if packet else []
-                if part is None:
-                    break
-                equal += part
-            if len(equal) < len(pairs):
-                result.append(index)
-                continue
-            found = next((first for first, same in zip(firsts, equal, strict=True) if same), index)
+            for packet in packets([[texts[other], text] for other in standing]):
+                equal += await self._compare_pairs(packet)
+            found = next((other for other, same in zip(standing, equal, strict=True) if same), index)
             if found == index:
-                firsts.append(index)
+                standing.append(index)
             result.append(found)
         return result
+
+    async def _compare_pairs(self, pairs: list[list[str]]) -> list[int]:
+        """Whether each pair is equal. A pair that does not end when it has a limit to itself is taken for unequal."""
+        equal = await self._compare("group:" + pairs[0][1], "G", pairs) if pairs else []
+        if equal is not None:
+            return equal
+        half = len(pairs) // 2
+        return [*await self._compare_pairs(pairs[:half]), *await self._compare_pairs(pairs[half:])] if half else [0]
 
     async def _compare(self, problem_id: str, verb: str, data: list[Any]) -> list[int] | None:
         """Have a killable child compare `data`; its integers, or None: it did not come to an end.

@@ -10,7 +10,12 @@ from evolve.verify.numerals import read_number
 
 _OPEN, _CLOSE = "([{", ")]}"
 _MATRIX = re.compile(r"\\begin\{([pbvBV]?matrix|array)\}(?:\{[^{}]*\})?(.*)\\end\{\1\}", re.DOTALL)
-NAMED = re.compile(r"^\s*([A-Za-z](?:_\d|')?(?:\([a-z]\))?)\s*(?:=|\\in(?![a-zA-Z])|:)\s*(?=\S)")
+_PLUS_MINUS = re.compile(r"\\pm(?![a-zA-Z])")
+_POINT = re.compile(r"\(?\s*([A-Za-z](?:\s*,\s*[A-Za-z])+)\s*\)?\s*=\s*(?=\()")
+"""Names of coordinates before their values: (x, y) = (1, 2)."""
+NAMED = re.compile(
+    r"^\s*([A-Za-z](?:_\{\d+\}|')?(?:\([a-z]\))?)\s*(?:=|\\in(?![a-zA-Z])|\\equiv(?![a-zA-Z])|:)\s*(?=\S)"
+)
 
 
 def split_top(text: str, separators: Sequence[str]) -> list[str]:
@@ -67,9 +72,20 @@ def structure(text: str, depth: int = 0) -> Tree:
         rows = [row for row in split_top(body, [","]) if row]
         cells = [split_top(row[1:-1] if row.startswith("[") else row, [","]) for row in rows]
         return _matrix(cells, depth, text)
+    point = _POINT.match(text)
+    if point and encloses(text[point.end() :], "(", ")"):
+        names, values = point[1].split(","), split_top(text[point.end() + 1 : -1], [","])
+        if len(names) == len(values):
+            return Tree(
+                "list", [Tree("value", [], f"{n.strip()}={v}") for n, v in zip(names, values, strict=True)], text
+            )
     inner = NAMED.match(text)
     if inner and read_number(text[inner.end() :]):
         return value
+    if inner and _PLUS_MINUS.search(text):
+        body = structure(text[inner.end() :], depth + 1)
+        if body.kind == "list":
+            return Tree("list", [Tree("value", [], inner[0] + item.text) for item in body.items], text)
     if inner and "\\in" in inner[0]:
         return structure(text[inner.end() :], depth + 1)
     union = split_top(text, ["\\cup", " U "])
@@ -86,7 +102,7 @@ def structure(text: str, depth: int = 0) -> Tree:
                 return structure(items[0], depth + 1)
     items = split_top(text, [",", ";", " and ", " or ", "\\text{ and }", "\\text{ or }", "\\text{and}", "\\text{or}"])
     items = [item for item in items if item]
-    if len(items) > 1 or (items and "\\pm" in items[0] and "=" not in items[0]):
+    if len(items) > 1 or (items and _PLUS_MINUS.search(items[0]) and "=" not in items[0]):
         return Tree("list", _flatten(items, depth), text)
     return value
 
@@ -107,8 +123,8 @@ def _flatten(items: list[str], depth: int) -> list[Tree]:
     """Items of a set or list; `a ± b` stands for two."""
     trees = []
     for item in items:
-        if item and "\\pm" in item and item.count("\\pm") == 1:
-            trees += [structure(item.replace("\\pm", sign), depth + 1) for sign in "+-"]
+        if len(_PLUS_MINUS.findall(item)) == 1:
+            trees += [structure(_PLUS_MINUS.sub(sign, item), depth + 1) for sign in "+-"]
         elif item:
             trees.append(structure(item, depth + 1))
     return trees
