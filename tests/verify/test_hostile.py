@@ -34,7 +34,7 @@ async def test_hostile_snippets_get_nowhere_one_at_a_time(capsys: pytest.Capture
     ("layer", "names"),
     [
         ("seccomp", {"new_namespaces", "udp_and_unix_sockets", "rare_calls"}),
-        ("limits", {"descriptors", "raise_limits", "string_doubling"}),
+        ("limits", {"few_descriptors"}),
     ],
 )
 async def test_with_a_layer_removed_snippets_fail(layer: str, names: set[str]) -> None:
