@@ -24,7 +24,7 @@ quickstart: setup
 	$(VENV)/bin/python -m evolve.driver conf=quickstart
 
 test: setup
-	$(VENV)/bin/python -m pytest -n 2 --dist loadfile $(TESTS)
+	$(VENV)/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder $(TESTS)
 
 setup: system $(READY)
 

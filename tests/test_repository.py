@@ -115,7 +115,7 @@ def dry(target: str) -> str:
 
 def test_the_two_commands_are_thin():
     assert dry("quickstart").rstrip().endswith(".venv/bin/python -m evolve.driver conf=quickstart")
-    assert dry("test").rstrip().endswith(".venv/bin/python -m pytest -n 2 --dist loadfile")
+    assert dry("test").rstrip().endswith(".venv/bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder")
 
 
 @pytest.fixture
