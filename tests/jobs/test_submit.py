@@ -227,9 +227,8 @@ def test_a_round_that_was_stopped_leaves_nothing_at_work_and_goes_on_over_two_no
     assert status == 0, output[-6000:]
     assert "succeeded" in output
     assert "Traceback" not in output
-    places = dict(re.findall(r"(shard-\d+) is at work on node (\w+)", output))
-    assert places["shard-0"] != places["shard-1"]
-    assert len(set(places.values())) == 2, "with a PPM, other shards take the place of the first two"
+    places = set(re.findall(r"shard-\d+ is at work on node (\w+)", output))
+    assert len(places) == 2, output[-6000:]
     manifest = run.round(1).manifest()
     assert set(manifest) == {"search", "rows", "sft", "ppm", "evaluation"}
     assert mended_parts(run.round(1).trees).count == manifest["search"]["trees"] >= 30

@@ -37,10 +37,7 @@ def test_a_run_whose_sandbox_fails_too_often_stops_and_says_what_to_do(failures:
 def test_a_board_may_take_the_longer_to_start_the_more_parts_it_reads(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pretended = SimpleNamespace(
-        remote=lambda _: SimpleNamespace(options=lambda **_: SimpleNamespace(remote=lambda *made: made))
-    )
-    monkeypatch.setattr(search, "ray", pretended)
+    monkeypatch.setattr(search, "start_board", lambda run, *made: made)
     config, directory = load(["conf=rstar_math", "problems.per_round=null"]), RunDirectory(tmp_path)
     directory.round(2).trees.mkdir(parents=True)
     for number in range(300):

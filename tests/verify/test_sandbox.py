@@ -153,7 +153,7 @@ async def test_time_in_which_a_step_waits_for_a_core_is_not_its_own() -> None:
     sleep = "import time\ntime.sleep(60)"
     verifier = SandboxVerifier(VerifierConfig(supervisors=1, cpu_s=0.4, wall_s=0.5))
     try:
-        with crowded_core(3):
+        with crowded_core(6):
             assert (await verifier.check(problem(), (), "import time")).ok
             spun, slept = await asyncio.gather(
                 verifier.check(problem(), (), spin), verifier.check(problem(), (), sleep)
