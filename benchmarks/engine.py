@@ -7,20 +7,26 @@ serves it. First a shard grows trees with it. Then a fresh engine, so that nothi
 that the search made, all in one call, by depth: no search can beat that: it cannot ask for what it does not know yet.
 
 How cores are made equal: in both runs the engine's process is bound to one core with one thread, and everything else
-to the others; the ratio is of generated tokens a second, first request to last answer.
+to the others. A core slows down when its neighbour works (they may be two threads of one, and share a cache and a clock
+in any case), so while the prompts are answered all at once the other cores are kept as busy as they were during the
+search, by processes that do nothing else. The ratio is of generated tokens a second, first request to last answer.
 """
 
 from __future__ import annotations
 
 import os
+import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from benchmarks import scene
 from benchmarks.common import Goal, finish, local_ray, parser
@@ -56,6 +62,38 @@ def bind(cores: set[int]) -> None:
         os.sched_setaffinity(int(thread.name), cores)
 
 
+def core_seconds(cores: Sequence[int]) -> dict[int, tuple[float, float]]:
+    """What each core has spent so far at work, and altogether, s."""
+    times = psutil.cpu_times(percpu=True)
+    return {core: (sum(times[core]) - times[core].idle - times[core].iowait, sum(times[core])) for core in cores}
+
+
+SPIN = """
+import os, sys, time
+core, share, period = int(sys.argv[1]), float(sys.argv[2]), 0.02
+os.sched_setaffinity(0, {core})
+while True:
+    started = time.perf_counter()
+    while time.perf_counter() < started + share * period:
+        pass
+    time.sleep((1 - share) * period)
+"""
+
+
+@contextmanager
+def kept_busy(shares: Mapping[int, float]) -> Iterator[None]:
+    """Each core at work for its share of the time, on nothing."""
+    spinning = [
+        subprocess.Popen([sys.executable, "-S", "-c", SPIN, str(core), str(share)]) for core, share in shares.items()
+    ]
+    try:
+        yield
+    finally:
+        for process in spinning:
+            process.kill()
+            process.wait()
+
+
 def requests_of(tree: Tree, job: SearchJob) -> list[tuple[int, Request]]:
     """What a search asked its policy for while it grew a tree, each with the depth of the node it continued."""
     return [
@@ -80,7 +118,11 @@ def measure(
         job = scene.job_of(scene.plan(rollouts, 6), Path(directory), concurrent_trees=96)
         job = replace(job, policy=checkpoint, sampling=replace(job.sampling, max_tokens=96))
         member = scene.member(0, partial(Pinned, make, core), scene.sandbox(1))
+        others = sorted(os.sched_getaffinity(0) - {core})
+        before = core_seconds(others)
         _, search_s = scene.grow(scene.Still([member]), problems, job, poll_s=0.1)
+        after = core_seconds(others)
+        shares = {one: (after[one][0] - before[one][0]) / (after[one][1] - before[one][1]) for one in others}
         search = member.stats()
         member.close()
         trees = [tree for part in sorted(Path(directory).glob("*.parquet")) for tree in read_part(part)]
@@ -91,9 +133,11 @@ def measure(
     if len(asked) != answered:
         raise RuntimeError(f"the trees tell of {len(asked)} requests, the engine of {answered:.0f}")
     member = scene.member(0, partial(Pinned, make, core), scene.SumVerifier)
-    started = time.monotonic()
-    get(member.policy.call.remote("propose_many", asked), scene.TIMEOUT_S, "all prompts at once")
-    once_s, once = time.monotonic() - started, member.stats()
+    with kept_busy(shares):
+        started = time.monotonic()
+        get(member.policy.call.remote("propose_many", asked), scene.TIMEOUT_S, "all prompts at once")
+        once_s = time.monotonic() - started
+    once = member.stats()
     member.close()
     rates = search["generated_tokens"] / search_s, once["generated_tokens"] / once_s
     return {
@@ -105,6 +149,7 @@ def measure(
         "all_at_once_tokens_per_s": rates[1],
         "search_over_all_at_once": rates[0] / rates[1],
         "search_occupancy": search["occupancy"],
+        "other_cores_busy": sum(shares.values()) / max(1, len(shares)),
         "engine_core": core,
     }
 
