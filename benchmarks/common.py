@@ -113,11 +113,15 @@ def spent(before: Mapping[str, float], after: Mapping[str, float]) -> dict[str, 
 
 
 def _role(words: Sequence[str]) -> str:
+    """What a process is called in a table: an actor's class, a module, a program."""
     if not words:
         return "ended"
     first = words[0]
     if first.startswith("ray::"):
         return first.removeprefix("ray::").split(".")[0].split(":")[0].split("(")[0]
-    if any("evolve.verify" in word for word in words):
+    if any("evolve.verify" in word for word in words) or "-P" in words:
         return "sandbox"
-    return Path(first).name if not first.endswith(("python", "python3", "python3.11")) else Path(words[-1]).name[:30]
+    if Path(first).name.startswith("python"):
+        programs = [word for word in words[1:] if word.endswith(".py")]
+        return Path(programs[0]).stem if programs else "python"
+    return Path(first).name
