@@ -10,8 +10,10 @@ import asyncio
 import math
 from collections.abc import Mapping, Sequence
 from functools import cached_property, partial
+from pathlib import Path
 from random import Random
-from typing import Any
+
+from tokenizers import Tokenizer
 
 from evolve.fleet import Engines
 from evolve.policy.checkpoint import resolve
@@ -54,10 +56,8 @@ class ScriptedPolicy(_Scripted):
         self._tokens = 0
 
     @cached_property
-    def _tokenizer(self) -> Any:
-        from transformers import AutoTokenizer
-
-        return AutoTokenizer.from_pretrained(resolve(self.path))
+    def _tokenizer(self) -> Tokenizer:
+        return Tokenizer.from_file(str(Path(resolve(self.path), "tokenizer.json")))
 
     @cached_property
     def _specs(self) -> dict[str, Spec]:
@@ -76,7 +76,7 @@ class ScriptedPolicy(_Scripted):
     async def _sample(self, prefix: tuple[int, ...], n: int, sampling: Sampling) -> list[Candidate]:
         seed = derive(sampling.seed, prefix)
         await self._wait(Random(seed))
-        text = self._tokenizer.decode(prefix)
+        text = self._tokenizer.decode(prefix, skip_special_tokens=False)
         spec = self._specs[text.partition("\n")[0].strip()]
         done = text.count(END_OF_STEP)
         found = []
@@ -84,18 +84,18 @@ class ScriptedPolicy(_Scripted):
             rng = Random(derive(seed, number) if sampling.temperature else derive(seed))
             left = demonstrated(spec, rng)[done:]
             said = "".join(left[:1] if END_OF_STEP in sampling.stop else left) or END_OF_CODE
-            ids = tuple(self._tokenizer.encode(said, add_special_tokens=False))
+            ids = tuple(self._tokenizer.encode(said, add_special_tokens=False).ids)
             self._tokens += len(ids)
             found.append(Candidate(said, ids, tuple(-rng.random() for _ in ids)))
         return found
 
     async def encode(self, texts: Sequence[str]) -> list[tuple[int, ...]]:
         """Token ids of texts."""
-        return [tuple(self._tokenizer.encode(text, add_special_tokens=False)) for text in texts]
+        return [tuple(self._tokenizer.encode(text, add_special_tokens=False).ids) for text in texts]
 
     async def decode(self, sequences: Sequence[Sequence[int]]) -> list[str]:
         """Texts of token id sequences."""
-        return [str(self._tokenizer.decode(list(ids))) for ids in sequences]
+        return [self._tokenizer.decode(list(ids), skip_special_tokens=False) for ids in sequences]
 
     async def stats(self) -> Mapping[str, float]:
         """Counters, as `PolicyEngine.stats` names them."""

@@ -7,8 +7,7 @@ _EITHER = (
 )  # fmt: skip
 """Restarts are many because the kills are."""
 _SCRIPTED = (
-    *_EITHER, "cluster.shards=2", "toy.pretrain_steps=20", "toy.demonstrations=60", "toy.quoting_texts=60",
-    "sft.replay=20",
+    *_EITHER, "toy.pretrain_steps=2", "toy.demonstrations=60", "toy.quoting_texts=60", "sft.replay=20",
 )  # fmt: skip
 """For scripted engines the base model only has to be one."""
 _TWO_ROUNDS = (
@@ -16,10 +15,10 @@ _TWO_ROUNDS = (
     "rounds=[{generator: bootstrap, value: terminal}, {generator: previous, value: ppm}]",
 )  # fmt: skip
 
-SCRIPTED = (*_SCRIPTED, *_TWO_ROUNDS)
+SCRIPTED = (*_SCRIPTED, *_TWO_ROUNDS, "cluster.shards=2")
 """Two rounds with every stage, for scripted engines."""
 SCRIPTED_ROUND = (*_SCRIPTED, "round=1", "problems.per_round=30", "problems.test_size=8")
-"""One round, smaller still."""
+"""One round, smaller still; how many shards is left open."""
 SERVED = (*_EITHER, *_TWO_ROUNDS, "cluster.shards=1", "cluster.device=cpu", "toy.pretrain_steps=300")
 """Two rounds for vLLM, with a base model that solves some problems."""
 

@@ -21,12 +21,13 @@ from benchmarks.chaos.recipe import SCRIPTED_ROUND
 from evolve.store.run import RunDirectory
 
 ROOT = Path(__file__).parents[2]
+RECIPE = (*SCRIPTED_ROUND, "cluster.shards=1", "sft.workers=1", "ppm.workers=1")
 ENVIRONMENT = {name: value for name, value in os.environ.items() if not name.startswith(("RAY_", "WANDB_"))}
 PRIVATE_MOUNTS = ("unshare", "--mount") if os.geteuid() == 0 else ("unshare", "--user", "--map-root-user", "--mount")
 
 
 def command(runs: Path) -> list[str]:
-    drive = (sys.executable, "-m", "benchmarks.chaos", "--drive", "benchmarks.scripted:engines", *SCRIPTED_ROUND)
+    drive = (sys.executable, "-m", "benchmarks.chaos", "--drive", "benchmarks.scripted:engines", *RECIPE)
     return [*drive, f"run.dir={runs}"]
 
 

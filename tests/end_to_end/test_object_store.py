@@ -33,7 +33,7 @@ if __name__ == "__main__":
 """
 RECIPE = (
     "conf=smoke", "rounds=[{generator: bootstrap, value: terminal}]", "problems.per_round=40", "problems.test_size=12",
-    "toy.pretrain_steps=20", "toy.demonstrations=60", "toy.quoting_texts=60", "toy.workers=1", "sft.replay=20",
+    "toy.pretrain_steps=2", "toy.demonstrations=60", "toy.quoting_texts=60", "toy.workers=1", "sft.replay=20",
     "sft.checkpoint_steps=2", "evaluate.search_problems=6", "evaluate.samples=2", "verifier.supervisors=1",
     "cluster.restarts=20", "cluster.placement_timeout_s=600",
 )  # fmt: skip

@@ -212,7 +212,7 @@ def test_who_has_no_token_is_refused(head, tmp_path, mode):
 
 def test_a_round_that_was_stopped_leaves_nothing_at_work_and_goes_on_over_two_nodes(head, nodes):
     """Engines are scripted and hold the pretended GPUs; search, sandboxes, training and evaluation are real."""
-    recipe = (*SCRIPTED_ROUND, *ONE_A_NODE, "run.name=sent")
+    recipe = (*SCRIPTED_ROUND, *ONE_A_NODE, "cluster.shards=2", "run.name=sent")
     drive = ("python", "-m", "benchmarks.chaos", "--drive", "benchmarks.scripted:engines", *recipe)
     run = RunDirectory(Path(head.environment["EVOLVE_RUNS"]) / "sent")
     status, output = head.job("submit", "--no-wait", "--submission-id", "first", "--working-dir", ".", "--", *drive)
