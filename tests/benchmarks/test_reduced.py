@@ -51,7 +51,7 @@ def test_busy_shares_by_hand() -> None:
 
 @pytest.mark.usefixtures("ray_cluster")
 def test_memory_is_read_while_trees_come_in() -> None:
-    record = memory.measure(trees=600, at_once=16)
+    record = memory.measure(trees=300, at_once=16)
     assert record["trees"] == 300
     assert record["part_files"] >= 3
     assert record["shard_growth"] >= 1.0
