@@ -1,16 +1,12 @@
 """Trainers on several nodes, which are raylets on one machine: nodes that share nothing but an object store, and one
 that is lost."""
 
-import json
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.object_store.use import environment, objects_at
-
-ROOT = Path(__file__).parents[2]
+from tests.object_store.use import objects_at
+from tests.scripts import told_by
 
 SCRIPT = """
 import json, os, sys
@@ -78,13 +74,7 @@ def test_a_training_on_two_nodes_goes_on_from_a_checkpoint_that_only_the_store_h
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = objects_at(tmp_path / "bucket", monkeypatch)
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path), str(store)],
-        cwd=ROOT, env=environment(OBJECTS_KILL=str(tmp_path / "kill")), capture_output=True, text=True, timeout=900,
-        check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    told = json.loads((tmp_path / "told.json").read_text())
+    told = told_by(SCRIPT, tmp_path, str(store), OBJECTS_KILL=str(tmp_path / "kill"))
     assert told["killed"], "the first worker died after the shares of a checkpoint were put, before it counted"
     assert told["resumed from"] == 2
     assert told["losses"][0] == pytest.approx(told["losses"][1], abs=1e-5)
@@ -143,11 +133,6 @@ cluster.shutdown()
 def test_a_lost_node_that_nothing_replaces_is_an_error_soon_that_says_how_many_workers_are_missing(
     tmp_path: Path,
 ) -> None:
-    done = subprocess.run(
-        [sys.executable, "-c", LOSING, str(tmp_path)],
-        cwd=ROOT, env=environment(), capture_output=True, text=True, timeout=900, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-6000:]
-    told = json.loads((tmp_path / "told.json").read_text())
+    told = told_by(LOSING, tmp_path)
     assert "0 of its 2 workers (1 CPUs each) have started within 10 s, 2 are missing" in told["error"]
     assert told["after"] < 600, "long before the training's own limit"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Iterator
@@ -16,7 +15,8 @@ import ray
 import yaml
 
 from evolve.cluster import answers
-from tests.jobs.test_submit import BIN, ROOT, free_ports, switch_off
+from tests.jobs.test_submit import BIN, free_ports, switch_off
+from tests.scripts import told_by
 
 HEAD_ID = "f" * 51 + "00000"
 """What Ray's pretended provider calls the head."""
@@ -119,14 +119,7 @@ def address() -> Iterator[str]:
 def test_nodes_are_added_for_shards_work_begins_with_the_first_and_nodes_go_when_it_has_ended(
     address: str, tmp_path: Path
 ) -> None:
-    environment = {k: v for k, v in os.environ.items() if not k.startswith("RAY_")}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path), address],
-        cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT), "RAY_AUTH_MODE": "disabled"},
-        capture_output=True, text=True, timeout=500, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    told = json.loads((tmp_path / "told.json").read_text())
+    told = told_by(SCRIPT, tmp_path, address, RAY_AUTH_MODE="disabled")
     assert told["nodes"] == 1, "the head alone"
     assert told["began with"] == 1
     assert told["trees"] == told["expected"]

@@ -1,9 +1,5 @@
 """A node that Ray drains, as an autoscaler or a cloud that takes it back has it do: its shard stops in good order."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -14,8 +10,7 @@ import pytest
 from evolve import fleet as module
 from evolve.config import load
 from evolve.fleet import LEAVE_S, Fleet, Group
-
-ROOT = Path(__file__).parents[2]
+from tests.scripts import told_by
 
 SCRIPT = """
 import asyncio, json, sys, time
@@ -76,13 +71,7 @@ cluster.shutdown()
 
 
 def test_a_drained_nodes_shard_makes_its_finished_trees_durable_and_another_grows_the_rest(tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path)],
-        cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    told = json.loads((tmp_path / "told.json").read_text())
+    told = told_by(SCRIPT, tmp_path)
     drained = told["drained"]
     [kept] = [name for name in told["began with"] if name != drained]
     assert told["trees"] == told["expected"]

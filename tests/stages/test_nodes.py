@@ -1,12 +1,8 @@
 """Nodes that come and go during a search: several raylets on one machine, in a process of their own."""
 
-import json
-import os
-import subprocess
-import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parents[2]
+from tests.scripts import told_by
 
 SCRIPT = """
 import json, sys, time
@@ -52,13 +48,7 @@ cluster.shutdown()
 
 
 def test_a_lost_nodes_trees_are_grown_elsewhere_and_a_node_that_arrives_gets_a_shard(tmp_path: Path) -> None:
-    environment = {name: value for name, value in os.environ.items() if name != "RAY_ADDRESS"}
-    done = subprocess.run(
-        [sys.executable, "-c", SCRIPT, str(tmp_path)],
-        cwd=ROOT, env=environment | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=600, check=False,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-6000:]
-    told = json.loads((tmp_path / "told.json").read_text())
+    told = told_by(SCRIPT, tmp_path)
     assert told["began with"] == ["shard-0", "shard-1"]
     assert told["trees"] == told["expected"]
     assert len(told["ended with"]) == 2
