@@ -65,7 +65,8 @@ def bind(cores: set[int]) -> None:
 def core_seconds(cores: Sequence[int]) -> dict[int, tuple[float, float]]:
     """What each core has spent so far at work, and altogether, s."""
     times = psutil.cpu_times(percpu=True)
-    return {core: (sum(times[core]) - times[core].idle - times[core].iowait, sum(times[core])) for core in cores}
+    idle = {core: times[core].idle + times[core].iowait + times[core].steal for core in cores}
+    return {core: (sum(times[core]) - idle[core], sum(times[core])) for core in cores}
 
 
 SPIN = """
