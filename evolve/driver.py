@@ -52,7 +52,7 @@ def evolve(config: EvolveConfig) -> None:
     from evolve import stages
 
     with stages.open_run(config) as run:
-        for k in stages.rounds_to_do(run):
+        for k in stages.rounds_to_do(run.config, run.directory):
             stages.grow_trees(run, k)
             stages.extract_rows(run, k)
             stages.evaluate(run, 0)

@@ -129,6 +129,7 @@ def open_run(config: EvolveConfig, engines: Engines = Engines()) -> Iterator[Run
         remove_asides(directory.path)
         inputs = inputs_of(config, problems)
         check_same_start(config, directory, inputs)
+        untrained = _untrained(config, directory)
         device = cluster.connect(config.cluster)
         if device == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, once imported here, warns of it
@@ -145,7 +146,7 @@ def open_run(config: EvolveConfig, engines: Engines = Engines()) -> Iterator[Run
             start_timeout_s=config.cluster.placement_timeout_s,
         )
         ending.callback(trainers.close)
-        if device == "cpu":
+        if device == "cpu" and untrained:
             trainers.start()  # its imports run beside what comes before; on GPUs the engines must go first
         base = _base_model(config, directory, line)
         fleet = Fleet(config, device, engines, on_wait=lambda what: line.show(f"waiting for shards: {what}"))
@@ -183,12 +184,21 @@ def _rounds(directory: RunDirectory) -> list[RoundDirectory]:
     return [directory.round(k) for k in sorted(int(match[1]) for match in matches if match)]
 
 
-def rounds_to_do(run: Run) -> list[int]:
-    """The round asked for, or every round of the recipe that has no evaluation yet."""
-    if run.config.round is not None:
-        return [run.config.round]
-    rounds = range(1, len(run.config.rounds) + 1)
-    return [k for k in rounds if run.directory.round(k).finished("evaluation") is None]
+def rounds_to_do(config: EvolveConfig, directory: RunDirectory) -> list[int]:
+    """The round asked for, or every round of the recipe that has no evaluation yet.
+
+    Raises:
+        RunError: a round's manifest is not readable.
+    """
+    if config.round is not None:
+        return [config.round]
+    return [k for k in range(1, len(config.rounds) + 1) if directory.round(k).finished("evaluation") is None]
+
+
+def _untrained(config: EvolveConfig, directory: RunDirectory) -> bool:
+    """Whether a round that is to do has a model to train."""
+    manifests = [directory.round(k).manifest() for k in rounds_to_do(config, directory)]
+    return any(stage not in manifest for manifest in manifests for stage in ("sft", "ppm"))
 
 
 def _check_order(config: EvolveConfig, directory: RunDirectory) -> None:

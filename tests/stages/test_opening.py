@@ -71,3 +71,44 @@ def test_a_failure_of_ray_too_ends_with_what_is_safe_and_what_to_type(
     ]
     assert lines[-1].startswith("To go on: python -m evolve.driver")
     assert stopped.value.__cause__ is error
+
+
+@pytest.mark.parametrize(
+    ("finished", "expected"),
+    [
+        ({}, True),
+        ({1: ("sft", "ppm", "evaluation")}, True),
+        ({1: ("sft", "ppm", "evaluation"), 2: ("sft",)}, True),
+        ({1: ("sft", "ppm", "evaluation"), 2: ("sft", "ppm")}, False),
+        ({1: ("sft", "ppm", "evaluation"), 2: ("sft", "ppm", "evaluation")}, False),
+    ],
+)
+def test_trainers_start_beside_the_rest_where_a_model_is_left_to_train(
+    tmp_path: Path,
+    ended: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+    finished: dict[int, tuple[str, ...]],
+    expected: bool,
+) -> None:
+    started: list[str] = []
+    trainers = SimpleNamespace(start=lambda: started.append("trainers"), close=lambda: None)
+    monkeypatch.setattr(run, "TrainerGroup", lambda *_, **__: trainers)
+    directory = RunDirectory(tmp_path / "x")
+    for number, artefacts in finished.items():
+        directory.round(number).path.mkdir()
+        for artefact in artefacts:
+            directory.round(number).record(artefact)
+    with run.open_run(load(["conf=smoke", f"run.dir={tmp_path}", "run.name=x", "run.allow_changes=true"])):
+        assert started == ["trainers"] * expected
+
+
+def test_a_manifest_that_is_not_readable_is_refused_before_anything_is_started(
+    tmp_path: Path, ended: list[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run.cluster, "connect", lambda _: pytest.fail("Ray was started"))
+    (tmp_path / "x" / "round-2").mkdir()
+    (tmp_path / "x" / "round-2" / "manifest.json").write_text("{")
+    arguments = ["conf=smoke", f"run.dir={tmp_path}", "run.name=x", "run.allow_changes=true"]
+    with pytest.raises(RunError, match=r"manifest\.json is not readable .* Delete it"), run.open_run(load(arguments)):
+        pass
+    assert ended == ["lock"]
