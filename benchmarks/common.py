@@ -8,7 +8,8 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-from collections.abc import Iterator, Mapping, Sequence
+import subprocess
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -81,6 +82,16 @@ def local_ray(cpus: int = 2) -> Iterator[None]:
         ray.shutdown()
 
 
+@contextlib.contextmanager
+def beside(commands: Iterable[Sequence[str]]) -> Iterator[None]:
+    """Processes that run until the block ends, and are killed then."""
+    with contextlib.ExitStack() as ending:
+        for command in commands:
+            process = ending.enter_context(subprocess.Popen(command))
+            ending.callback(process.kill)
+        yield
+
+
 def cpu_seconds() -> dict[str, float]:
     """CPU seconds so far of this process and all that descend from it, by name.
 
@@ -119,9 +130,9 @@ def _role(words: Sequence[str]) -> str:
     first = words[0]
     if first.startswith("ray::"):
         return first.removeprefix("ray::").split(".")[0].split(":")[0].split("(")[0]
-    if any("evolve.verify" in word for word in words) or "-P" in words:
-        return "sandbox"
     if Path(first).name.startswith("python"):
+        if "-P" in words:  # as the verifier starts all of its own
+            return "sandbox"
         programs = [word for word in words[1:] if word.endswith(".py")]
         return Path(programs[0]).stem if programs else "python"
     return Path(first).name

@@ -15,12 +15,10 @@ search, by processes that do nothing else. The ratio is of generated tokens a se
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -29,7 +27,7 @@ from typing import Any
 import psutil
 
 from benchmarks import scene
-from benchmarks.common import Goal, finish, local_ray, parser
+from benchmarks.common import Goal, beside, finish, local_ray, parser
 from evolve.policy.checkpoint import digest
 from evolve.policy.engine import PolicyEngine, Request
 from evolve.schema import EngineConfig, Precision, ToyConfig
@@ -62,13 +60,6 @@ def bind(cores: set[int]) -> None:
         os.sched_setaffinity(int(thread.name), cores)
 
 
-def core_seconds(cores: Sequence[int]) -> dict[int, tuple[float, float]]:
-    """What each core has spent so far at work, and altogether, s."""
-    times = psutil.cpu_times(percpu=True)
-    idle = {core: times[core].idle + times[core].iowait + times[core].steal for core in cores}
-    return {core: (sum(times[core]) - idle[core], sum(times[core])) for core in cores}
-
-
 SPIN = """
 import os, sys, time
 core, share, period = int(sys.argv[1]), float(sys.argv[2]), 0.02
@@ -79,20 +70,7 @@ while True:
         pass
     time.sleep((1 - share) * period)
 """
-
-
-@contextmanager
-def kept_busy(shares: Mapping[int, float]) -> Iterator[None]:
-    """Each core at work for its share of the time, on nothing."""
-    spinning = [
-        subprocess.Popen([sys.executable, "-S", "-c", SPIN, str(core), str(share)]) for core, share in shares.items()
-    ]
-    try:
-        yield
-    finally:
-        for process in spinning:
-            process.kill()
-            process.wait()
+"""Keeps a core at work for a share of the time, on nothing."""
 
 
 def requests_of(tree: Tree, job: SearchJob) -> list[tuple[int, Request]]:
@@ -120,10 +98,10 @@ def measure(
         job = replace(job, policy=checkpoint, sampling=replace(job.sampling, max_tokens=96))
         member = scene.member(0, partial(Pinned, make, core), scene.sandbox(1))
         others = sorted(os.sched_getaffinity(0) - {core})
-        before = core_seconds(others)
+        psutil.cpu_times_percent(percpu=True)  # the next answer is for the time since this one
         _, search_s = scene.grow(scene.Still([member]), problems, job, poll_s=0.1)
-        after = core_seconds(others)
-        shares = {one: (after[one][0] - before[one][0]) / (after[one][1] - before[one][1]) for one in others}
+        during = psutil.cpu_times_percent(percpu=True)
+        shares = {n: 1 - (during[n].idle + during[n].iowait + during[n].steal) / 100 for n in others}
         search = member.stats()
         member.close()
         trees = [tree for part in sorted(Path(directory).glob("*.parquet")) for tree in read_part(part)]
@@ -134,7 +112,7 @@ def measure(
     if len(asked) != answered:
         raise RuntimeError(f"the trees tell of {len(asked)} requests, the engine of {answered:.0f}")
     member = scene.member(0, partial(Pinned, make, core), scene.SumVerifier)
-    with kept_busy(shares):
+    with beside([sys.executable, "-S", "-c", SPIN, str(n), str(share)] for n, share in shares.items()):
         started = time.monotonic()
         get(member.policy.call.remote("propose_many", asked), scene.TIMEOUT_S, "all prompts at once")
         once_s = time.monotonic() - started

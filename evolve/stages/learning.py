@@ -15,7 +15,7 @@ from evolve.policy.checkpoint import digest, resolve
 from evolve.problems import for_round
 from evolve.progress import duration
 from evolve.schema import Generator, PPMConfig, SFTConfig
-from evolve.stages.run import Run
+from evolve.stages.run import Run, untrained
 from evolve.stages.search import few_shot
 from evolve.store.run import RoundDirectory, RunError
 from evolve.types import Trajectory
@@ -85,7 +85,7 @@ def train(run: Run, k: int) -> None:
     directory = run.directory.round(k)
     config = run.config
     stages: dict[str, SFTConfig | PPMConfig] = {"sft": config.sft, "ppm": config.ppm}
-    missing = [stage for stage in stages if directory.finished(stage) is None]
+    missing = untrained(directory)
     if not missing:
         return
     run.fleet.release()

@@ -129,7 +129,7 @@ def open_run(config: EvolveConfig, engines: Engines = Engines()) -> Iterator[Run
         remove_asides(directory.path)
         inputs = inputs_of(config, problems)
         check_same_start(config, directory, inputs)
-        untrained = _untrained(config, directory)
+        training = any(untrained(directory.round(k)) for k in rounds_to_do(config, directory))
         device = cluster.connect(config.cluster)
         if device == "cpu":
             os.environ.setdefault("DS_ACCELERATOR", "cpu")  # else DeepSpeed, once imported here, warns of it
@@ -146,7 +146,7 @@ def open_run(config: EvolveConfig, engines: Engines = Engines()) -> Iterator[Run
             start_timeout_s=config.cluster.placement_timeout_s,
         )
         ending.callback(trainers.close)
-        if device == "cpu" and untrained:
+        if device == "cpu" and training:
             trainers.start()  # its imports run beside what comes before; on GPUs the engines must go first
         base = _base_model(config, directory, line)
         fleet = Fleet(config, device, engines, on_wait=lambda what: line.show(f"waiting for shards: {what}"))
@@ -195,10 +195,10 @@ def rounds_to_do(config: EvolveConfig, directory: RunDirectory) -> list[int]:
     return [k for k in range(1, len(config.rounds) + 1) if directory.round(k).finished("evaluation") is None]
 
 
-def _untrained(config: EvolveConfig, directory: RunDirectory) -> bool:
-    """Whether a round that is to do has a model to train."""
-    manifests = [directory.round(k).manifest() for k in rounds_to_do(config, directory)]
-    return any(stage not in manifest for manifest in manifests for stage in ("sft", "ppm"))
+def untrained(directory: RoundDirectory) -> list[str]:
+    """The trainings that a round still lacks, in their order."""
+    manifest = directory.manifest()
+    return [stage for stage in ("sft", "ppm") if stage not in manifest]
 
 
 def _check_order(config: EvolveConfig, directory: RunDirectory) -> None:

@@ -74,7 +74,7 @@ def test_a_training_on_two_nodes_goes_on_from_a_checkpoint_that_only_the_store_h
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store = objects_at(tmp_path / "bucket", monkeypatch)
-    told = told_by(SCRIPT, tmp_path, str(store), OBJECTS_KILL=str(tmp_path / "kill"))
+    told = told_by(SCRIPT, tmp_path, str(store), timeout_s=900.0, OBJECTS_KILL=str(tmp_path / "kill"))
     assert told["killed"], "the first worker died after the shares of a checkpoint were put, before it counted"
     assert told["resumed from"] == 2
     assert told["losses"][0] == pytest.approx(told["losses"][1], abs=1e-5)
@@ -133,6 +133,6 @@ cluster.shutdown()
 def test_a_lost_node_that_nothing_replaces_is_an_error_soon_that_says_how_many_workers_are_missing(
     tmp_path: Path,
 ) -> None:
-    told = told_by(LOSING, tmp_path)
+    told = told_by(LOSING, tmp_path, timeout_s=900.0)
     assert "0 of its 2 workers (1 CPUs each) have started within 10 s, 2 are missing" in told["error"]
     assert told["after"] < 600, "long before the training's own limit"

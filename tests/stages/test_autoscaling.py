@@ -119,7 +119,7 @@ def address() -> Iterator[str]:
 def test_nodes_are_added_for_shards_work_begins_with_the_first_and_nodes_go_when_it_has_ended(
     address: str, tmp_path: Path
 ) -> None:
-    told = told_by(SCRIPT, tmp_path, address, RAY_AUTH_MODE="disabled")
+    told = told_by(SCRIPT, tmp_path, address, timeout_s=500.0, RAY_AUTH_MODE="disabled")
     assert told["nodes"] == 1, "the head alone"
     assert told["began with"] == 1
     assert told["trees"] == told["expected"]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 
+from benchmarks.common import beside
 from evolve.schema import VerifierConfig
 from evolve.types import Status, Verdict
 from evolve.verify.__main__ import split_steps
@@ -136,13 +137,10 @@ def crowded_core(others: int) -> Iterator[None]:
     """One core for this process and what it starts meanwhile, which `others` that never rest share."""
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(cores)})
-    spinning = [subprocess.Popen([sys.executable, "-c", "while True: pass"]) for _ in range(others)]
     try:
-        yield
+        with beside([[sys.executable, "-c", "while True: pass"]] * others):
+            yield
     finally:
-        for process in spinning:
-            process.kill()
-            process.wait()
         os.sched_setaffinity(0, cores)
 
 
